@@ -1,0 +1,150 @@
+"""The plain object that says what one forward computes, and its builders.
+
+A `PairLayout` is built on the CPU from token ids alone. The model reads it (`model.forward`);
+losses, config and loop never look inside. Every way to lay out rows is another builder of the same
+object, so a way to the same numbers is never a branch elsewhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, assert_never
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from preftune.schema import TokenizedExample
+
+LayoutName: TypeAlias = Literal["concatenated", "separate"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One call of the model: rows of token ids and what to read from the result.
+
+    Shapes: `rows` x `width` tokens, `completions` answers, `scored` tokens that the loss reads.
+    """
+
+    input_ids: Int[Tensor, "rows width"]
+    """Rows padded on the right with token 0. Causal attention keeps real tokens from seeing the
+    padding, and no padded position is scored, so no mask is needed and none is built."""
+    score_positions: Int[Tensor, " scored"]
+    """Index into the flattened rows of the position whose output predicts each label."""
+    labels: Int[Tensor, " scored"]
+    """The scored tokens, answer after answer."""
+    lengths: Int[Tensor, " completions"]
+    """Scored tokens of each answer, in the order of `labels`."""
+    num_scored: tuple[int, ...]
+    """`lengths` on the host, for splitting without waiting for the device."""
+    completion_ids: tuple[int, ...]
+    """Which answer of the micro-batch each entry of `lengths` is."""
+
+    def to(self, device: torch.device) -> "Block":
+        """The same block with its tensors on `device`."""
+        return Block(
+            self.input_ids.to(device, non_blocking=True),
+            self.score_positions.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.lengths.to(device, non_blocking=True),
+            self.num_scored,
+            self.completion_ids,
+        )
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """What one micro-batch computes.
+
+    Answers are numbered example by example: with pairs, answer 2i is the chosen and 2i+1 the
+    rejected one of pair i.
+
+    Example: one pair with prompt `[5, 6]`, chosen `[7, 8]`, rejected `[9]`, concatenated:
+
+        input_ids        [[5, 6, 7, 8],
+                          [5, 6, 9, 0]]
+        score_positions  [1, 2, 5]        # the position before each scored token, flattened
+        labels           [7, 8, 9]
+        lengths          [2, 1]
+        completion_ids   (0, 1)
+    """
+
+    blocks: tuple[Block, ...]
+    num_completions: int
+    num_tokens: int
+    """Real tokens forwarded, prompts counted as often as they are computed; no padding."""
+
+    def to(self, device: torch.device) -> "PairLayout":
+        """The same layout with its tensors on `device`."""
+        blocks = tuple(block.to(device) for block in self.blocks)
+        return PairLayout(blocks, self.num_completions, self.num_tokens)
+
+
+def build_layout(examples: Sequence[TokenizedExample], name: LayoutName) -> PairLayout:
+    """Lay out the answers of a micro-batch.
+
+    Args:
+        examples: the rows of the micro-batch; all with the same number of answers.
+        name: `concatenated` runs all answers in one call of the model, padded to the longest;
+            `separate` makes one call for the chosen and one for the rejected answers, which pads
+            less where the two sides differ in length.
+
+    Returns:
+        The layout, on the CPU.
+    """
+    sequences = [
+        _Sequence(example.prompt_ids, completion.ids, completion.scored)
+        for example in examples
+        for completion in example.completions
+    ]
+    everyone = list(range(len(sequences)))
+    match name:
+        case "concatenated":
+            groups = [everyone]
+        case "separate":
+            per_example = len(examples[0].completions) if examples else 1
+            groups = [everyone[side::per_example] for side in range(per_example)]
+        case _:
+            assert_never(name)
+    blocks = tuple(_padded_block(sequences, group) for group in groups)
+    return PairLayout(blocks, len(sequences), sum(s.length for s in sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    scored: Sequence[bool] | None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
+    width = max(sequences[i].length for i in group)
+    input_ids = torch.zeros(len(group), width, dtype=torch.long)
+    positions: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    for row, index in enumerate(group):
+        sequence = sequences[index]
+        ids = [*sequence.prompt, *sequence.completion]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        first = len(sequence.prompt)
+        scored = [
+            first + offset
+            for offset in range(len(sequence.completion))
+            if sequence.scored is None or sequence.scored[offset]
+        ]
+        # The output at position t - 1 predicts token t: this is the one place of the shift.
+        positions += [row * width + token - 1 for token in scored]
+        labels += [ids[token] for token in scored]
+        lengths.append(len(scored))
+    return Block(
+        input_ids,
+        torch.tensor(positions, dtype=torch.long),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(lengths, dtype=torch.long),
+        tuple(lengths),
+        tuple(group),
+    )

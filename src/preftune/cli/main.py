@@ -1,0 +1,84 @@
+"""The `preftune` command: finds the subcommand, turns errors into text and exit codes."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from preftune import __version__
+from preftune.errors import ConfigError, Interrupted, PreftuneError
+
+COMMANDS = {
+    "train": "train a policy on pairs of chosen and rejected answers",
+    "check": "check configuration and data without loading weights",
+    "score": "log-probs and accuracy of a model on pairs",
+    "config": "show the configuration that a command would run with",
+    "quickstart": "train a small model that comes with preftune, in a few minutes",
+}
+"""What each command does; its module here, of the same name, has `run(argv) -> int`."""
+
+
+def entrypoint() -> None:
+    """Run as the installed command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the words after `preftune`.
+
+    Returns:
+        The exit code: 0 done, 2 the input is wrong, 3 training stopped itself, 75 interrupted with
+        a checkpoint saved, 1 anything else.
+    """
+    try:
+        return _dispatch(argv)
+    except Interrupted as error:
+        print(f"preftune: interrupted: {error}", file=sys.stderr)
+        return error.exit_code
+    except PreftuneError as error:
+        print(f"preftune: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("preftune: interrupted", file=sys.stderr)
+        return 1
+    except Exception:
+        # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
+        traceback.print_exc()
+        return 1
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] in ("--version", "-V"):
+        print(f"preftune {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{command} is not a command; {hint}")
+    # Imported only now, and each imports its heavy half in turn only once its options are right.
+    return import_module(f"preftune.cli.{command}").run(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: preftune COMMAND [CONFIG.yaml] [--key value ...]",
+            "",
+            "Align a language model to human preferences.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`preftune COMMAND --help` lists its options; --version shows the version.",
+        ]
+    )

@@ -1,0 +1,23 @@
+"""`preftune score`."""
+
+from collections.abc import Sequence
+
+from preftune.cli.options import options_or_help
+from preftune.config.score import ScoreConfig
+
+USAGE = "preftune score [CONFIG.yaml] [--key value ...]"
+WHAT = "Log-probs and accuracy of a model on pairs; with a reference model, implicit rewards."
+
+
+def run(argv: Sequence[str]) -> int:
+    """Score.
+
+    Args:
+        argv: the words after `score`.
+    """
+    config = options_or_help(ScoreConfig, argv, USAGE, WHAT)
+    if config is not None:
+        from preftune.recipes.score import score
+
+        print(score(config))
+    return 0

@@ -1,0 +1,26 @@
+"""`preftune train`."""
+
+from collections.abc import Sequence
+
+from preftune.cli.options import options_or_help
+from preftune.config.experiment import ExperimentConfig
+
+USAGE = "preftune train [CONFIG.yaml] [--key value ...]"
+WHAT = (
+    "Train a policy on pairs of chosen and rejected answers. Options are the same in the file and "
+    "on the command line, which wins. Stopped at any time, the same command goes on."
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train.
+
+    Args:
+        argv: the words after `train`.
+    """
+    config = options_or_help(ExperimentConfig, argv, USAGE, WHAT)
+    if config is not None:
+        from preftune.recipes.dpo import train
+
+        train(config)
+    return 0

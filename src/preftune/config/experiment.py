@@ -1,0 +1,62 @@
+"""The configuration of `preftune train`."""
+
+from dataclasses import dataclass
+
+from preftune.config.checkpoint import CheckpointConfig
+from preftune.config.composed import ComposedConfig
+from preftune.config.dataset import DatasetConfig
+from preftune.config.dpo import DPOConfig
+from preftune.config.evaluation import EvalConfig
+from preftune.config.logging import LoggingConfig
+from preftune.config.model import ModelConfig
+from preftune.config.problem import Problem
+from preftune.config.tracking import TrackingConfig
+from preftune.config.training import TrainingConfig
+
+
+@dataclass(kw_only=True)
+class ExperimentConfig(
+    ComposedConfig,
+    TrackingConfig,
+    ModelConfig,
+    DPOConfig,
+    TrainingConfig,
+    DatasetConfig,
+    LoggingConfig,
+    CheckpointConfig,
+    EvalConfig,
+):
+    """Everything a training run needs, flat. Each section says what its options mean.
+
+    Example:
+        >>> config = ExperimentConfig(model_name_or_path="m", dataset_name="pairs.jsonl")
+        >>> config.beta, config.num_epochs, config.eval_strategy
+        (0.1, 1.0, 'never')
+    """
+
+    def resolve(self) -> None:
+        """Choose when to evaluate, from what there is."""
+        if self.eval_strategy is None:
+            if self.eval_steps is not None:
+                self.eval_strategy = "steps"
+            else:
+                self.eval_strategy = "epoch" if self.has_eval_data else "never"
+
+    def cross_problems(self) -> list[Problem]:
+        """Evaluation settings that nothing reads."""
+        if self.has_eval_data:
+            return []
+        settings = {
+            "eval_steps": self.eval_steps,
+            "eval_strategy": None if self.eval_strategy == "never" else self.eval_strategy,
+            "per_device_eval_batch_size": self.per_device_eval_batch_size,
+        }
+        if self.eval_steps is not None:
+            del settings["eval_strategy"]  # it may only follow from eval_steps
+        message = "there are no pairs for evaluation: give eval_dataset or test_size"
+        others = ("eval_dataset", "test_size")
+        return [
+            Problem(key, value, message, others)
+            for key, value in settings.items()
+            if value is not None
+        ]

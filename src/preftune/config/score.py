@@ -1,0 +1,82 @@
+"""The configuration of `preftune score`."""
+
+from dataclasses import dataclass
+
+from preftune.config.composed import ComposedConfig
+from preftune.config.dataset import PairsConfig
+from preftune.config.dpo import ForwardLayout, Layout
+from preftune.config.logging import Progress
+from preftune.config.model import ModelConfig
+from preftune.config.problem import Problem, count
+from preftune.config.section import Section
+from preftune.config.training import MixedPrecision
+
+DEFAULT_BETA = 0.1
+"""Scale of implicit rewards where none is given: that of the dpo loss."""
+
+
+@dataclass(kw_only=True)
+class ScoringConfig(Section):
+    """What to compute, and where to write it."""
+
+    reference_model_name_or_path: str | None = None
+    """The model that implicit rewards are measured against. Unset: no implicit rewards, only
+    how often the chosen answer is the likelier one."""
+
+    beta: float | None = None
+    """Scale of the implicit rewards, above 0; only with a reference model. Unset: 0.1."""
+
+    per_device_eval_batch_size: int = 8
+    """Pairs in one forward on one device, 1 or more."""
+
+    mixed_precision: MixedPrecision = "auto"
+    """How products are computed. auto: bf16 where the device has it in hardware, else fp32; "no"
+    is another word for fp32."""
+
+    forward_layout: ForwardLayout = "auto"
+    """How a pair goes through the model. concatenated: chosen and rejected in one forward;
+    separate: one after the other, less memory. auto: concatenated."""
+
+    output: str | None = None
+    """A .parquet file for the scores of every pair. Unset: only the summary."""
+
+    progress: Progress = "auto"
+    """What the terminal shows. rich: a live bar; plain: lines; none: nothing; auto: rich in a
+    terminal, else plain."""
+
+    def __post_init__(self) -> None:
+        """Fill beta where rewards are computed."""
+        if self.beta is None and self.reference_model_name_or_path is not None:
+            self.beta = DEFAULT_BETA
+
+    @property
+    def layout(self) -> Layout:
+        """The layout after resolving `auto`."""
+        return "concatenated" if self.forward_layout == "auto" else self.forward_layout
+
+    def problems(self) -> list[Problem]:
+        """Everything wrong inside this section."""
+        found = count("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        if self.beta is not None and self.reference_model_name_or_path is None:
+            message = "without reference_model_name_or_path there are no rewards to scale"
+            found.append(Problem("beta", self.beta, message, ("reference_model_name_or_path",)))
+        elif self.beta is not None and self.beta <= 0:
+            found.append(Problem("beta", self.beta, "it must be above 0"))
+        if self.output is not None and not self.output.endswith(".parquet"):
+            found.append(Problem("output", self.output, "it must be the path of a .parquet file"))
+        return found
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(ComposedConfig, ScoringConfig, ModelConfig, PairsConfig):
+    """Everything scoring needs, flat."""
+
+    def cross_problems(self) -> list[Problem]:
+        """Model settings that only training reads."""
+        message = "scoring trains nothing, so it has no effect: leave it out"
+        found = []
+        if self.gradient_checkpointing:
+            found.append(Problem("gradient_checkpointing", True, message))
+        if not self.disable_dropout:
+            found.append(Problem("disable_dropout", False, message))
+        return found

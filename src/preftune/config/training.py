@@ -1,0 +1,166 @@
+"""How long and how fast to train."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from preftune.config.problem import Problem, below, count
+from preftune.config.section import Section
+from preftune.config.typed import AlsoSpelled
+
+MixedPrecision = Annotated[Literal["auto", "fp32", "bf16"], AlsoSpelled(no="fp32")]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "wsd",
+]
+_WITHOUT_WARMUP = ("constant",)
+_ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(Section):
+    """Length, batch size, learning rate and optimizer."""
+
+    num_epochs: float | None = None
+    """Passes over the training pairs, above 0; may be a fraction. Unset: 1, unless
+    `max_train_steps` is given."""
+
+    max_train_steps: int | None = None
+    """Optimizer steps, 1 or more, instead of `num_epochs`. Unset: as `num_epochs` says."""
+
+    per_device_train_batch_size: int = 8
+    """Pairs in one forward and backward on one device, 1 or more."""
+
+    per_device_eval_batch_size: int | None = None
+    """Pairs in one evaluation forward on one device, 1 or more. Unset: as in training."""
+
+    gradient_accumulation_steps: int = 1
+    """Forwards and backwards before one optimizer step, 1 (off) or more. The global batch is
+    this times `per_device_train_batch_size` times the number of devices."""
+
+    learning_rate: float = 5e-7
+    """Highest learning rate of the schedule, above 0."""
+
+    lr_scheduler_type: Schedule = "linear"
+    """How the learning rate changes after warm-up. wsd: warm-up, stable, decay."""
+
+    warmup_ratio: float | None = None
+    """Part of the steps over which the learning rate rises, 0 (off) to below 1. Unset: 0.1,
+    unless `warmup_steps` is given or the schedule has no warm-up (constant)."""
+
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises, 0 (off) or more, instead of `warmup_ratio`."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer. sgd has no momentum: mainly for tests."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay a step, as a part of the learning rate; 0 (off) or more."""
+
+    adam_beta1: float | None = None
+    """AdamW's decay of the mean of gradients, 0 to below 1. Unset: 0.9."""
+
+    adam_beta2: float | None = None
+    """AdamW's decay of the mean of squared gradients, 0 to below 1. Unset: 0.999."""
+
+    adam_epsilon: float | None = None
+    """Added to AdamW's denominator, above 0. Unset: 1e-8."""
+
+    max_grad_norm: float | None = 1.0
+    """Gradients longer than this (L2 over all parameters) are scaled to it; 0 or null is off."""
+
+    mixed_precision: MixedPrecision = "auto"
+    """How products are computed. auto: bf16 where the device has it in hardware, else fp32; "no"
+    is another word for fp32."""
+
+    shuffle: bool = True
+    """Take the pairs in a new random order each epoch. false: in the order of the dataset."""
+
+    def __post_init__(self) -> None:
+        """Fill length, warm-up and AdamW's numbers where unset."""
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.num_epochs = 1.0
+        no_warmup_given = self.warmup_ratio is None and self.warmup_steps is None
+        if no_warmup_given and self.lr_scheduler_type not in _WITHOUT_WARMUP:
+            self.warmup_ratio = 0.1
+        if self.optimizer == "adamw":
+            for name, default in _ADAM_DEFAULTS.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
+        self.max_grad_norm = self.max_grad_norm or None  # one form of "off"
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Pairs in one evaluation forward on one device."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Pairs of one optimizer step over all devices."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
+    def problems(self) -> list[Problem]:
+        """Everything wrong inside this section."""
+        return [
+            *_length_problems(self),
+            *_warmup_problems(self),
+            *_optimizer_problems(self),
+            *count("per_device_train_batch_size", self.per_device_train_batch_size),
+            *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
+            *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
+        ]
+
+
+def _both(key: str, value: float, other: str) -> Problem:
+    message = f"{other} is given too, and they exclude each other: leave one out or set it to null"
+    return Problem(key, value, message, (other,))
+
+
+def _length_problems(section: TrainingConfig) -> list[Problem]:
+    found = count("max_train_steps", section.max_train_steps)
+    if section.num_epochs is not None and section.num_epochs <= 0:
+        found.append(Problem("num_epochs", section.num_epochs, "it must be above 0"))
+    if section.num_epochs is not None and section.max_train_steps is not None:
+        found.append(_both("num_epochs", section.num_epochs, "max_train_steps"))
+    return found
+
+
+def _warmup_problems(section: TrainingConfig) -> list[Problem]:
+    found = count("warmup_steps", section.warmup_steps, least=0)
+    if section.warmup_ratio is not None and not 0 <= section.warmup_ratio < 1:
+        message = "it must be 0 or more and below 1"
+        found.append(Problem("warmup_ratio", section.warmup_ratio, message))
+    if section.lr_scheduler_type in _WITHOUT_WARMUP:
+        message = (
+            f"the schedule {section.lr_scheduler_type} has no warm-up: leave it out, "
+            "or take constant_with_warmup"
+        )
+        for key in ("warmup_ratio", "warmup_steps"):
+            if (value := getattr(section, key)) is not None:
+                found.append(Problem(key, value, message, ("lr_scheduler_type",)))
+    elif section.warmup_ratio is not None and section.warmup_steps is not None:
+        found.append(_both("warmup_ratio", section.warmup_ratio, "warmup_steps"))
+    return found
+
+
+def _optimizer_problems(section: TrainingConfig) -> list[Problem]:
+    found = below("weight_decay", section.weight_decay, 0, "it must be 0 (off) or more")
+    found += below("max_grad_norm", section.max_grad_norm, 0, "it must be above 0, or 0 for off")
+    if section.learning_rate <= 0:
+        found.append(Problem("learning_rate", section.learning_rate, "it must be above 0"))
+    for key in _ADAM_DEFAULTS:
+        value = getattr(section, key)
+        if value is None:
+            continue
+        if section.optimizer != "adamw":
+            message = f"the optimizer {section.optimizer} does not read it, only adamw"
+            found.append(Problem(key, value, message, ("optimizer",)))
+        elif key == "adam_epsilon" and value <= 0:
+            found.append(Problem(key, value, "it must be above 0"))
+        elif key != "adam_epsilon" and not 0 <= value < 1:
+            found.append(Problem(key, value, "it must be 0 or more and below 1"))
+    return found

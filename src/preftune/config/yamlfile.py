@@ -1,0 +1,92 @@
+"""YAML read as text with line numbers: what a word means is the field's business, not YAML's.
+
+YAML itself would turn an unquoted `no` into False, `5e-7` into text and 010 into 8, keep the last
+of two equal keys, and forget where each stood.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preftune.errors import ConfigError
+
+_NULL = ("", "~", "null", "Null", "NULL")
+_DEEPEST = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One `key: value` of a file."""
+
+    key: str
+    value: Any
+    """Text, None, or dicts and lists of such."""
+    line: int
+    """Counted from 1."""
+
+
+def read_yaml(path: str) -> list[Entry]:
+    """The top-level entries of a YAML file, in order and with repeated keys.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: the config file cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config file is not UTF-8 text: {error}") from error
+    root = _compose(text, path)
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        at = f"{path} line {root.start_mark.line + 1}"
+        raise ConfigError(f"{at}: the file must hold a mapping, one `key: value` a line")
+    return [
+        Entry(str(_value(key)), _value(value), key.start_mark.line + 1) for key, value in root.value
+    ]
+
+
+def read_inline(text: str) -> Any:
+    """A value written as YAML on the command line, such as {prompt: question}.
+
+    Args:
+        text: the YAML.
+
+    Raises:
+        ConfigError: it is not valid YAML.
+    """
+    root = _compose(text)
+    return None if root is None else _value(root)
+
+
+def _compose(text: str, path: str | None = None) -> yaml.Node | None:
+    place = ""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        if path is not None:
+            mark = error.problem_mark or error.context_mark
+            place = f"{path} line {mark.line + 1}: " if mark else f"{path}: "
+        raise ConfigError(f"{place}not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:  # characters that YAML does not allow; two lines of text
+        place = "" if path is None else f"{path}: "
+        raise ConfigError(f"{place}not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _value(node: yaml.Node, depth: int = 0) -> Any:
+    if depth > _DEEPEST:  # No option nests this far; an alias may contain itself.
+        return "..."
+    if isinstance(node, yaml.MappingNode):
+        return {str(_value(k, depth + 1)): _value(v, depth + 1) for k, v in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, depth + 1) for item in node.value]
+    assert isinstance(node, yaml.ScalarNode)
+    # style is None for plain words; quoted ones are text whatever they spell.
+    return None if node.style is None and node.value in _NULL else node.value

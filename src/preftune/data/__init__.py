@@ -1,0 +1,1 @@
+"""Preference data: from files or the Hub to token ids, with every row counted."""

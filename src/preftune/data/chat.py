@@ -1,0 +1,219 @@
+"""Chat templates: the built-in ones, and what a template writes around an assistant's answer."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from preftune.errors import ConfigError, DataError
+from preftune.schema import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_QUESTION: Message = {"role": "user", "content": "preftune's probe question"}
+_ANSWER: Message = {"role": "assistant", "content": "preftune's probe answer"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "preftune_probe_tool",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+
+
+_DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26"}
+_DATE |= {"%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"}
+
+
+class TemplateRefused(Exception):
+    """The chat template raised an error on these messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFrame:
+    r"""What a template writes around the content of the last, assistant's, message.
+
+    For SmolLM2: lead `""`, stop `"<|im_end|>"`, trailer `"\n"`.
+    """
+
+    lead: str
+    """Header text that comes after the generation prompt and before the content: the empty think
+    block of Qwen3, the whole header where a template ignores `add_generation_prompt`. Blanks do not
+    count: they merge with the answer's first token and so belong to it."""
+    stop: str
+    """From the content's end through the stop token; empty if the template writes none."""
+    trailer: str
+    """What comes after the stop token, and is not part of the answer."""
+    stop_id: int
+    """Id of the stop token; the tokenizer's `eos_token` if the template writes none."""
+
+
+def builtin_templates() -> list[str]:
+    """Names that `set_chat_template` knows by themselves."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def set_chat_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> None:
+    """Give a tokenizer a chat template.
+
+    Args:
+        tokenizer: changed in place; saved with the model, so that users get the same template.
+        chat_template: a built-in name (`chatml`, `tulu`, `zephyr`) or the path of a Jinja file.
+
+    Raises:
+        ConfigError: no such name or file, or a template that cannot render a question and answer.
+    """
+    if chat_template in builtin_templates():
+        path = TEMPLATES / f"{chat_template}.jinja"
+    else:
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise ConfigError(_unknown_template(chat_template))
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template: {path} cannot be read ({error}); check the file"
+        ) from None
+    before = tokenizer.chat_template
+    tokenizer.chat_template = text
+    try:
+        answer_frame(tokenizer)
+    except (DataError, TemplateRefused) as error:
+        tokenizer.chat_template = before
+        raise ConfigError(
+            f"chat_template: {path} does not work on a question and its answer: {error}; correct "
+            f"the template, or use a built-in one ({', '.join(builtin_templates())})"
+        ) from None
+
+
+def _unknown_template(name: str) -> str:
+    names = builtin_templates()
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"chat_template: {name!r} is neither a built-in template nor a file; {hint}Built-in names "
+        f"are {', '.join(names)}; otherwise give the path of a .jinja file"
+    )
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    open_answer: bool = False,
+) -> str:
+    """Render messages with the tokenizer's chat template.
+
+    Args:
+        tokenizer: has a `chat_template`.
+        messages: at least one.
+        tools: schemas that the template may show.
+        open_answer: end with the header of the assistant's next message.
+
+    Raises:
+        TemplateRefused: the template raised an error.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,  # pyright: ignore[reportArgumentType]
+            add_generation_prompt=open_answer,
+            tokenize=False,
+            chat_template=_with_fixed_date(tokenizer.get_chat_template(tools=tools)),  # pyright: ignore
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        message = (str(error).strip().splitlines() or [""])[0]
+        raise TemplateRefused(f"{type(error).__name__}: {message}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _with_fixed_date(template: str) -> str:
+    """Make a template that writes today's date write Llama 3.1's default, 26 Jul 2024, instead.
+
+    A prompt must not change overnight, between the scoring of the reference and a resumed run.
+    transformers takes no function for a template, so a macro of the same name covers its own.
+    """
+    if "strftime_now" not in template:
+        return template
+    date = "".join(f"|replace('{key}','{value}')" for key, value in _DATE.items())
+    return f"{{% macro strftime_now(format) -%}}{{{{ format{date} }}}}{{%- endmacro +%}}{template}"
+
+
+def answer_frame(tokenizer: "PreTrainedTokenizerBase") -> AnswerFrame:
+    """Work out, by rendering a probe, what the template writes around an answer.
+
+    The probe's content is known and occurs once, so looking for it here is safe; no row is ever
+    searched for its text.
+
+    Raises:
+        DataError: no chat template, one that does not write the assistant's content as it is, or
+            one that writes no stop token while the tokenizer has no `eos_token` either.
+        TemplateRefused: the template raised an error.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the rows are chat messages, and the tokenizer has no chat template; choose one with "
+            f"--chat_template NAME ({', '.join(builtin_templates())}, or the path of a .jinja file)"
+        )
+    header = render(tokenizer, [_QUESTION], open_answer=True)
+    full = render(tokenizer, [_QUESTION, _ANSWER])
+    content = _ANSWER["content"]
+    if full.count(content) != 1:
+        raise DataError(
+            f"the chat template writes the assistant's message {full.count(content)} times where "
+            "once was expected; choose another with --chat_template"
+        )
+    before, _, tail = full.partition(content)
+    lead = before[len(header) :] if before.startswith(header) else ""
+    stop, stop_id = _stop(tokenizer, tail)
+    return AnswerFrame(
+        lead=lead if lead.strip() else "",
+        stop=stop,
+        trailer=tail[len(stop) :],
+        stop_id=stop_id,
+    )
+
+
+def shows_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template writes tool schemas at all."""
+    plain = render(tokenizer, [_QUESTION], open_answer=True)
+    return render(tokenizer, [_QUESTION], tools=[_TOOL], open_answer=True) != plain
+
+
+def _stop(tokenizer: "PreTrainedTokenizerBase", tail: str) -> tuple[str, int]:
+    """Find the first special token in what follows an answer: its text and everything before it."""
+    added = tokenizer.added_tokens_decoder
+    special = {i: t.content for i, t in added.items() if t.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    # Some tokenizers add their turn marker as an ordinary token, and some add runs of blanks too.
+    others = {i: t.content for i, t in added.items() if not t.special and t.content.strip()}
+    for tokens in (special, others):
+        found = [(tail.find(t), -len(t), i, t) for i, t in tokens.items() if t and t in tail]
+        if found:
+            at, _, token_id, text = min(found)
+            return tail[: at + len(text)], int(token_id)
+    return "", eos_id(tokenizer)
+
+
+def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id of the end-of-sequence token.
+
+    Raises:
+        DataError: the tokenizer has none, so that nothing could end an answer.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise DataError(
+            "the tokenizer has no eos_token, and nothing else marks an answer's end; set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return eos

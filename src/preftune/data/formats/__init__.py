@@ -1,0 +1,65 @@
+"""Raw rows -> `Example`. One small pure file a format; the format is decided row by row.
+
+Adding one takes a file, a member of `RowFormat`, and a line in `row_format` and in `parse_row`.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, assert_never
+
+from preftune.data.formats.conversations import read_conversations
+from preftune.data.formats.prompt_pair import read_prompt_pair
+from preftune.data.formats.row import COLUMNS, Row, check_column_map
+from preftune.data.formats.transcripts import read_transcripts
+from preftune.data.reasons import Dropped
+from preftune.schema import Example
+
+__all__ = ["COLUMNS", "RowFormat", "check_column_map", "parse_row", "row_format"]
+
+
+class RowFormat(StrEnum):
+    """The layouts a row of pairs may have."""
+
+    PROMPT_PAIR = "prompt_pair"
+    CONVERSATIONS = "conversations"
+    TRANSCRIPTS = "transcripts"
+
+
+def row_format(row: Row) -> RowFormat:
+    """Decide a row's format from the columns it has.
+
+    Raises:
+        DataError: a mapped column is absent, or `chosen` is missing or of the wrong type.
+    """
+    if row.has("prompt"):
+        return RowFormat.PROMPT_PAIR
+    if isinstance(row.text("chosen"), str) and isinstance(row.text("rejected"), str):
+        return RowFormat.TRANSCRIPTS
+    return RowFormat.CONVERSATIONS
+
+
+def parse_row(
+    row_id: str, raw: Mapping[str, Any], *, dataset: str, column_map: Mapping[str, str]
+) -> Example | Dropped:
+    """Turn a raw row into an `Example`, or say why it cannot be trained on.
+
+    Args:
+        row_id: where the row stands, for people.
+        raw: the columns as read; never modified.
+        dataset: the dataset's name, the default of `source`.
+        column_map: our name -> the file's name.
+
+    Raises:
+        DataError: a column is missing or of the wrong type.
+    """
+    row = Row(row_id=row_id, dataset=dataset, values=raw, column_map=column_map)
+    layout = row_format(row)
+    match layout:
+        case RowFormat.PROMPT_PAIR:
+            return read_prompt_pair(row)
+        case RowFormat.CONVERSATIONS:
+            return read_conversations(row)
+        case RowFormat.TRANSCRIPTS:
+            return read_transcripts(row)
+        case _:
+            assert_never(layout)

@@ -1,0 +1,200 @@
+"""One raw row: its columns under our names, and checks of their types."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from preftune.errors import DataError
+from preftune.schema import Message, Text
+
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "source")
+NOT_READ_YET = ("weight", "margin")
+
+
+def check_column_map(column_map: Mapping[str, str]) -> None:
+    """Refuse a map that names columns which would not be read.
+
+    Raises:
+        DataError: a key is not one of `COLUMNS`.
+    """
+    for key in column_map:
+        if key in NOT_READ_YET:
+            raise DataError(
+                f"column_map: {key!r} is not read yet, so mapping it to {column_map[key]!r} would "
+                f"have no effect; remove it from column_map"
+            )
+        if key not in COLUMNS:
+            near = difflib.get_close_matches(key, COLUMNS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(
+                f"column_map: {key!r} is not a column preftune reads{hint}; the keys are "
+                f"{', '.join(COLUMNS)}, and the values what your data calls them"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A raw row with its id; `column_map` says what the file calls our columns."""
+
+    row_id: str
+    dataset: str
+    values: Mapping[str, Any]
+    column_map: Mapping[str, str]
+
+    def has(self, name: str) -> bool:
+        """Whether the row has a value there; a column of nulls counts as absent.
+
+        Raises:
+            DataError: `column_map` names a column that the row lacks.
+        """
+        column = self._column(name)
+        if name in self.column_map and column not in self.values:
+            raise self.error(
+                f"column_map says that {name!r} is called {column!r}, which this row lacks",
+                "correct the name in column_map, or add the column to every row",
+            )
+        return self.values.get(column) is not None
+
+    def text(self, name: str) -> Text:
+        """Read a column that holds text or messages.
+
+        Raises:
+            DataError: absent, null, of another type, or messages without a role or content.
+        """
+        if not self.has(name):
+            column = self._column(name)
+            state = "is null" if column in self.values else "is missing"
+            raise self.error(
+                f"column {column!r} {state}", _rename_hint(name, column not in self.values)
+            )
+        value = self.values[self._column(name)]
+        if isinstance(value, str):
+            return self._encodable(name, value)
+        if isinstance(value, list):
+            return [self._message(name, i, message) for i, message in enumerate(value)]
+        raise self.error(
+            f"column {self._column(name)!r} is {_kind(value)} ({_short(value)})",
+            "write text, or a list of messages with 'role' and 'content'",
+        )
+
+    def source(self) -> str:
+        """Read the row's source, which is the dataset's name where the column is absent.
+
+        Raises:
+            DataError: the column is not text.
+        """
+        if not self.has("source"):
+            return self.dataset
+        value = self.values[self._column("source")]
+        if not isinstance(value, str):
+            raise self.error(
+                f"column {self._column('source')!r} is {_kind(value)} ({_short(value)})",
+                "write the source's name as text, or map 'source' to another column",
+            )
+        return value
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Read the tool schemas, given as a list or as a JSON string of one.
+
+        Raises:
+            DataError: not a list of objects.
+        """
+        if not self.has("tools"):
+            return None
+        value = self.values[self._column("tools")]
+        if isinstance(value, str):
+            if not value.strip():
+                return None
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise self.error(
+                    f"column {self._column('tools')!r} is text that is not valid JSON ({error})",
+                    "write a JSON list of tool schemas, or leave the column empty",
+                ) from None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise self.error(
+                f"column {self._column('tools')!r} is {_kind(value)} ({_short(value)})",
+                "write a list of tool schemas (JSON objects), or leave the column empty",
+            )
+        return value or None
+
+    def error(self, problem: str, remedy: str) -> DataError:
+        """Make the error for this row: where, what, the columns that exist, what to do."""
+        columns = ", ".join(str(c) for c in self.values) or "none"
+        return DataError(
+            f"{self.row_id} of dataset {self.dataset}: {problem} (columns: {columns}); {remedy}"
+        )
+
+    def _column(self, name: str) -> str:
+        return self.column_map.get(name, name)
+
+    def _message(self, name: str, index: int, message: Any) -> Message:
+        where = f"message {index} of column {self._column(name)!r}"
+        if not isinstance(message, dict):
+            raise self.error(
+                f"{where} is {_kind(message)} ({_short(message)})",
+                "write each message as an object with 'role' and 'content'",
+            )
+        # Arrow fills keys that only other rows have with nulls; templates test for presence.
+        kept = {key: value for key, value in message.items() if value is not None}
+        if not isinstance(kept.get("role"), str) or not kept["role"]:
+            raise self.error(
+                f"{where} has no role (role: {_kind(kept.get('role'))}; keys: "
+                f"{', '.join(str(k) for k in message)})",
+                "give each message a 'role' (system, user, assistant, …) and 'content'",
+            )
+        content = kept.get("content")
+        if content is None and kept.get("tool_calls"):
+            return kept  # a call of a tool need not say anything
+        if not isinstance(content, str):
+            raise self.error(
+                f"the content of {where} is {_kind(content)} ({_short(content)})",
+                "write each message's content as text",
+            )
+        self._encodable(name, content)
+        return kept
+
+    def _encodable(self, name: str, value: str) -> str:
+        # JSON may spell half a surrogate pair; the tokenizer would stop on it, naming no row.
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(
+                f"column {self._column(name)!r} holds text that is not valid Unicode "
+                f"({value[error.start : error.end]!r} at character {error.start})",
+                "write the character whole (a surrogate pair) or remove it",
+            ) from None
+        return value
+
+
+def _rename_hint(name: str, missing: bool) -> str:
+    if not missing:
+        return "fill it in, or remove the row"
+    return f'add it, or say what your data calls it: --column_map \'{{"{name}": "your_name"}}\''
+
+
+def _kind(value: Any) -> str:
+    """Name a value's type as JSON users know it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return f"of type {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

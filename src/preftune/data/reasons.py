@@ -1,0 +1,53 @@
+"""Why a well-formed row cannot be trained on: the closed list, and what each means."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class DropReason(StrEnum):
+    """Reasons for which rows are dropped and counted; the values appear in `run.json`."""
+
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_COMPLETION = "empty_completion"
+    EQUAL_COMPLETIONS = "equal_completions"
+    NOT_A_PREFIX = "not_a_prefix"
+    LAST_NOT_ASSISTANT = "last_not_assistant"
+    STOP_TOKEN_INSIDE = "stop_token_inside"
+    USER_TURN_IN_ANSWER = "user_turn_in_answer"
+    TEMPLATE_REFUSED = "template_refused"
+    UNEXPECTED_ENDING = "unexpected_ending"
+    OVER_LENGTH = "over_length"
+    PROMPT_OVER_LENGTH = "prompt_over_length"
+
+
+LENGTH_REASONS = frozenset({DropReason.OVER_LENGTH, DropReason.PROMPT_OVER_LENGTH})
+"""What `max_length` and `max_prompt_length` ask for: no fault of the data, so no part of
+`max_dropped_fraction`."""
+
+MEANING: dict[DropReason, str] = {
+    DropReason.EMPTY_PROMPT: "the prompt has no tokens, so nothing predicts the first answer token",
+    DropReason.EMPTY_COMPLETION: "an answer holds nothing but its stop token",
+    DropReason.EQUAL_COMPLETIONS: "chosen and rejected are the same tokens",
+    DropReason.NOT_A_PREFIX: (
+        "the prompt's tokens do not begin the sequence of prompt and answer: a text prompt that "
+        "ends in a space, an answer that does not follow the prompt, or a chat template that "
+        "writes the conversation differently once it is answered"
+    ),
+    DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",
+    DropReason.STOP_TOKEN_INSIDE: "an answer holds the stop token before its end",
+    DropReason.USER_TURN_IN_ANSWER: "a text answer goes on with a turn of the human",
+    DropReason.TEMPLATE_REFUSED: "the chat template raised an error on these messages",
+    DropReason.UNEXPECTED_ENDING: "the chat template ended the answer unlike its other answers",
+    DropReason.OVER_LENGTH: "prompt and answer together exceed max_length",
+    DropReason.PROMPT_OVER_LENGTH: "the prompt exceeds max_prompt_length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row left out, and why."""
+
+    row_id: str
+    reason: DropReason
+    detail: str = ""
+    """What was seen in this row, where the reason alone does not say it."""

@@ -1,0 +1,121 @@
+"""The only importer of Accelerate: devices, ranks, precision, gradient sync, clipping."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+
+
+def resolve_precision(choice: Literal["auto", "fp32", "bf16"]) -> Precision:
+    """bf16 products where the device has them in hardware, else fp32; a choice is taken as it is.
+
+    On CPUs that means AVX-512 BF16 or AMX: four times the fp32 rate, where others emulate bf16 at
+    a fraction of it.
+    """
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+class Runtime:
+    """One process among its peers.
+
+    Gradients: engines average over ranks. The step scales each rank's sum by `world_size`, so that
+    the averaged gradient is the sum over all ranks divided by the global count.
+    """
+
+    def __init__(self, precision: Precision, seed: int) -> None:
+        """Start the process group, if the launcher made one, and seed every generator."""
+        self.precision: Precision = precision
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            step_scheduler_with_optimizer=False,
+        )
+        set_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return self._accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self._accelerator.is_main_process
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+        """Wrap model and optimizer for the engine in use."""
+        return self._accelerator.prepare(model, optimizer)
+
+    def prepare_for_inference(self, model: nn.Module) -> nn.Module:
+        """Give a model the same precision as in training, without an optimizer or gradients."""
+        return self._accelerator.prepare_model(model, evaluation_mode=True)
+
+    def accumulate(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Leave gradients unsynchronised until the last micro-batch of a step."""
+        return nullcontext() if is_last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        self._accelerator.backward(loss)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks; on one process, the tensor itself."""
+        if self.world_size == 1:
+            return tensor
+        return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def clip_gradients(self, model: nn.Module, max_norm: float | None) -> Tensor:
+        """Global L2 norm of the gradients before clipping; clips unless `max_norm` is off."""
+        norm = self._accelerator.clip_grad_norm_(
+            list(model.parameters()), max_norm if max_norm else float("inf")
+        )
+        assert norm is not None  # only engines that clip by themselves return nothing
+        return norm
+
+    def optimizer_step(self, optimizer: Any, *, skip: Tensor) -> None:
+        """Update the weights, unless the device flag `skip` (1.0 or 0.0) is set.
+
+        Fused optimizers read `found_inf` on the device and leave weights, moments and step count
+        alone when it is set: the host never waits for the flag.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        inner.found_inf = skip
+        inner.grad_scale = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The module inside the engine's wrapper."""
+        return self._accelerator.unwrap_model(model)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes first; the others wait and find what it made."""
+        with self._accelerator.main_process_first():
+            yield

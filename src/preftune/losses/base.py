@@ -1,0 +1,126 @@
+"""What every loss takes and gives, and the few lines that they share."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probs of a batch of pairs under the policy and, where needed, the reference.
+
+    All tensors have one entry a pair. Policy and reference may differ in dtype: torch promotes.
+
+    Raises:
+        ValueError: if a tensor's shape is another than that of `chosen`, which would broadcast.
+    """
+
+    chosen: Float[Tensor, " pairs"]
+    """Policy: sum of per-token log-probs over the scored tokens of the chosen completion, nats."""
+    rejected: Float[Tensor, " pairs"]
+    """The same of the rejected completion."""
+    chosen_lengths: Int[Tensor, " pairs"]
+    """Scored tokens of the chosen completion, at least 1."""
+    rejected_lengths: Int[Tensor, " pairs"]
+    """The same of the rejected completion."""
+    ref_chosen: Float[Tensor, " pairs"] | None = None
+    """Reference: as `chosen`. A constant: no gradient flows to it."""
+    ref_rejected: Float[Tensor, " pairs"] | None = None
+    """Reference: as `rejected`."""
+    chosen_alignment: Float[Tensor, " pairs"] | None = None
+    """Mean over the chosen completion's scored tokens of log p(y_t) − log Σ_v p(v)², in nats."""
+    rejected_alignment: Float[Tensor, " pairs"] | None = None
+    """The same of the rejected completion."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that would broadcast, at the cost of a few comparisons on the host."""
+        for name, value in vars(self).items():
+            if value is not None and value.shape != self.chosen.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} where chosen has "
+                    f"{tuple(self.chosen.shape)}; give one entry a pair"
+                )
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """One value and two implicit rewards a pair; nothing is reduced."""
+
+    values: Float[Tensor, " pairs"]
+    """What is minimised, with gradient."""
+    chosen_rewards: Float[Tensor, " pairs"]
+    """Implicit reward of the chosen completion: beta × the loss's own quantity; detached."""
+    rejected_rewards: Float[Tensor, " pairs"]
+    """The same of the rejected completion."""
+
+
+class LossBase:
+    """Checks a loss's knobs when it is made; each loss is a frozen dataclass on top of this.
+
+    No `__call__` of a loss waits for the device: it reads no tensor's value on the host.
+    """
+
+    loss_type: ClassVar[DPOLossType]
+
+    def __post_init__(self) -> None:
+        """Check every knob's range.
+
+        Raises:
+            ValueError: naming every knob out of range.
+        """
+        problems = [KNOBS[name].problem(getattr(self, name)) for name in self._knob_names]
+        found = [problem for problem in problems if problem]
+        if found:
+            raise ValueError(f"{self.loss_type}: " + "; ".join(found))
+
+    @property
+    def _knob_names(self) -> list[str]:
+        return list(LOSS_SPECS[self.loss_type].knobs)
+
+    @property
+    def reads_alignment(self) -> bool:
+        """Whether, with these knobs, the loss reads `PairLogps.*_alignment`."""
+        return LOSS_SPECS[self.loss_type].reads_alignment
+
+    def _logratios(
+        self, logps: PairLogps
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Policy − reference of the chosen and of the rejected sums, nats."""
+        if logps.ref_chosen is None or logps.ref_rejected is None:
+            raise ValueError(
+                f"{self.loss_type} reads the reference's log-probs, and ref_chosen or "
+                "ref_rejected is None; score the pairs with the reference first"
+            )
+        return (
+            logps.chosen - logps.ref_chosen.detach(),
+            logps.rejected - logps.ref_rejected.detach(),
+        )
+
+
+def smoothed_logistic(
+    logits: Float[Tensor, " pairs"], label_smoothing: float
+) -> Float[Tensor, " pairs"]:
+    """−(1−ε)·logσ(z) − ε·logσ(−z): the loss of a label that is wrong with probability ε.
+
+    Args:
+        logits: z, the log-odds that chosen beats rejected.
+        label_smoothing: ε, in [0, 0.5).
+
+    Returns:
+        One value a pair; log 2 at z = 0 for every ε. Linear, not infinite, for large |z|.
+    """
+    # Left out at ε = 0, not multiplied by it: 0·inf would be nan where z overflows (fp16).
+    if label_smoothing == 0:
+        return -logsigmoid(logits)
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+def mean_on_host(values: Float[Tensor, " pairs"]) -> float:
+    """Mean over pairs in float64; waits for the device."""
+    return values.detach().to("cpu", torch.float64).mean().item()

@@ -1,0 +1,118 @@
+"""`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from preftune.batching.layout import Block, PairLayout
+from preftune.model.logprob_head import HeadTransform, token_logps
+
+FORWARD_VERSION = 1
+"""Part of the key of stored reference log-probs: raise it when the numbers may change."""
+
+
+@dataclass
+class SequenceLogps:
+    """Log-probs of the answers of one micro-batch, in the layout's numbering of answers."""
+
+    sums: Float[Tensor, " completions"]
+    """Sum over the scored tokens of each answer, nats, fp64: an fp32 sum of a few thousand nats is
+    off by 1e-4, which a difference of two such sums would keep."""
+    lengths: Int[Tensor, " completions"]
+    """Scored tokens of each answer."""
+    alignment: Float[Tensor, " completions"] | None
+    """Mean over tokens of log p(y_t) - log sum_v p(v)^2; None unless asked for."""
+    per_token: list[Float[Tensor, " _"]]
+    """Log-prob of each scored token, answer by answer; without gradient."""
+
+
+class PolicyModel(nn.Module):
+    """A causal LM whose forward returns log-probs of the scored tokens.
+
+    Backbone and head sit inside one module, so that DDP's, FSDP's and ZeRO's hooks and autocast
+    see every parameter that the step uses.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compact_head: bool = True) -> None:
+        """Wrap a causal LM.
+
+        Args:
+            model: the causal LM of transformers.
+            compact_head: apply the head at scored positions only. False runs the whole model on
+                every position: for architectures whose head does more than `HeadTransform` knows
+                (`model.probe` decides).
+        """
+        super().__init__()
+        self.model = model
+        self.compact_head = compact_head
+        self.transform = (
+            HeadTransform.from_config(model.config) if compact_head else HeadTransform()
+        )
+
+    def forward(self, layout: PairLayout, with_alignment: bool = False) -> SequenceLogps:
+        """See `pair_logps`."""
+        results = [self._block_logps(block, with_alignment) for block in layout.blocks]
+        order = [i for block in layout.blocks for i in block.completion_ids]
+        place = {completion: at for at, completion in enumerate(order)}
+        at = [place[i] for i in range(layout.num_completions)]
+        in_order = at == list(range(len(at)))
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return whole if in_order else whole[torch.tensor(at, device=whole.device)]
+
+        pieces = [piece for result in results for piece in result.per_token]
+        alignments = [result.alignment for result in results if result.alignment is not None]
+        return SequenceLogps(
+            sums=joined([result.sums for result in results]),
+            lengths=joined([result.lengths for result in results]),
+            alignment=joined(alignments) if alignments else None,
+            per_token=[pieces[i] for i in at],
+        )
+
+    def _block_logps(self, block: Block, with_alignment: bool) -> SequenceLogps:
+        hidden, head = self._scored_hidden(block)
+        logps, alignment = token_logps(
+            hidden, head, block.labels, self.transform, with_alignment=with_alignment
+        )
+        # segment_reduce sums in a fixed order on every device, where index_add_ does not on CUDA.
+        sums = torch.segment_reduce(logps.double(), "sum", lengths=block.lengths, unsafe=True)
+        means = None
+        if alignment is not None:
+            means = torch.segment_reduce(
+                alignment.double(), "mean", lengths=block.lengths, unsafe=True
+            )
+        return SequenceLogps(
+            sums, block.lengths, means, list(logps.detach().split(block.num_scored))
+        )
+
+    def _scored_hidden(self, block: Block) -> tuple[Tensor, nn.Module]:
+        if self.compact_head:
+            # No attention mask and no position ids: right padding needs neither under causal
+            # attention, and transformers would read restarting positions as packed documents.
+            hidden = self.model.base_model(input_ids=block.input_ids, use_cache=False)[0]
+            head = self.model.get_output_embeddings()
+            assert head is not None  # the probe refuses a compact head without one
+        else:
+            hidden = self.model(input_ids=block.input_ids, use_cache=False).logits
+            head = nn.Identity()
+        return hidden.flatten(0, 1)[block.score_positions], head
+
+
+def pair_logps(
+    model: nn.Module, layout: PairLayout, *, with_alignment: bool = False
+) -> SequenceLogps:
+    """Log-probs of every answer of a micro-batch under `model`.
+
+    Args:
+        model: a `PolicyModel`, or an engine's wrapper of one.
+        layout: what to compute, on the model's device.
+        with_alignment: also compute what WPO's weight reads.
+
+    Returns:
+        Sums, lengths and per-token values, in the layout's numbering of answers.
+    """
+    return model(layout, with_alignment)

@@ -1,0 +1,219 @@
+"""Load a causal LM and its tokenizer from a hub id, a folder or a GGUF file; save them again."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from preftune.config.model import ModelConfig
+from preftune.errors import ModelError
+from preftune.model.forward import PolicyModel
+from preftune.model.probe import head_is_plain
+
+# Its bars for reading a local file would garble the one live view of a run.
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to train or to score, with what is needed to save it like its source."""
+
+    policy: PolicyModel
+    source_dtype: torch.dtype
+    """How the source stores its weights; GGUF counts as float32, the dtype it unpacks to."""
+    zeroed_dropout: dict[str, float]
+    """Config fields that `disable_dropout` set to 0, with the values to put back on saving."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(p.numel() for p in self.policy.parameters())
+
+
+def check_model_files(name: str) -> None:
+    """Refuse a local path that cannot be loaded, before anything heavy starts.
+
+    Raises:
+        ModelError: the path looks local and is absent, or is a folder without config or weights.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model_name_or_path is {name!r}: the folder has no config.json; "
+                "give a folder in the Hugging Face format, a hub id or a .gguf file"
+            )
+        if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
+            raise ModelError(
+                f"model_name_or_path is {name!r}: the folder has a config.json but no weights "
+                "(*.safetensors or pytorch_model*.bin); copy them there or give another model"
+            )
+        return
+    looks_local = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
+    if path.is_file() and name.endswith(".gguf"):
+        return
+    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelError(
+            f"model_name_or_path is {name!r}: no such folder or .gguf file; "
+            "give a folder, a .gguf file or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the config names, else the model's own.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    assert name is not None  # the config refuses an unset model
+    path, options = _location(name)
+    if config.tokenizer_name_or_path is None and "gguf_file" not in options:
+        options["revision"] = config.model_revision
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        key = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
+        raise _cannot_load("tokenizer", key, name, error) from error
+
+
+def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
+    """Load the causal LM that the config names, in eval mode, on `device`.
+
+    Args:
+        config: what to load; `dtype` is how the weights are kept.
+        device: where to put it.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    name = config.model_name_or_path
+    assert name is not None  # the config refuses an unset model
+    check_model_files(name)
+    path, options = _location(name)
+    if "gguf_file" not in options:
+        options["revision"] = config.model_revision
+    options["trust_remote_code"] = config.trust_remote_code
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options)
+        source_dtype = getattr(model_config, "dtype", None) or torch.float32
+        zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
+        if config.attn_implementation != "auto":
+            options["attn_implementation"] = config.attn_implementation
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=model_config, dtype=DTYPES[config.dtype], **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load("model", "model_name_or_path", name, error) from error
+    if "gguf_file" in options:
+        model, source_dtype = _without_gguf_marks(model), torch.float32
+    if config.disable_dropout:
+        _zero_dropout_modules(model)
+    nn.Module.to(model, device)
+    model.eval()
+    compact = head_is_plain(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LoadedModel(PolicyModel(model, compact_head=compact), source_dtype, zeroed)
+
+
+def save_model(
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write a plain Hugging Face folder: config, safetensors, tokenizer, chat template.
+
+    Args:
+        loaded: whose architecture and config to write.
+        tokenizer: saved beside the weights.
+        folder: must not hold anything yet.
+        dtype: of the floating-point weights on disk.
+    """
+    model = loaded.policy.model
+    cast = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in named_weights(model).items()
+    }
+    held = {key: getattr(model.config, key) for key in ("dtype", *loaded.zeroed_dropout)}
+    try:
+        model.config.dtype = dtype
+        for key, value in loaded.zeroed_dropout.items():
+            setattr(model.config, key, value)
+        model.save_pretrained(folder, state_dict=cast)
+    finally:
+        for key, value in held.items():
+            setattr(model.config, key, value)
+    tokenizer.save_pretrained(folder)
+
+
+def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, tied ones once, under the first of their names."""
+    seen: set[int] = set()
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        weights[name] = tensor.detach().contiguous()
+    return weights
+
+
+def _location(name: str) -> tuple[str, dict[str, Any]]:
+    path = Path(name).expanduser()
+    if name.endswith(".gguf") and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return (str(path) if path.is_dir() else name), {}
+
+
+def _cannot_load(what: str, key: str, name: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"{key} is {name!r}: the {what} cannot be loaded ({reason}); check the name, the files "
+        "and, for a hub id, the network and your access rights"
+    )
+
+
+def _zero_dropout(config: Any) -> dict[str, float]:
+    # Attention reads its dropout from the config, not from an nn.Dropout module, so both are set.
+    zeroed = {
+        key: value
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
+    }
+    for key in zeroed:
+        setattr(config, key, 0.0)
+    return zeroed
+
+
+def _zero_dropout_modules(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _without_gguf_marks(model: PreTrainedModel) -> PreTrainedModel:
+    # A model read from GGUF carries a quantization_config and refuses save_pretrained, although
+    # its weights are plain by then: put them into a fresh model of the same config.
+    config = model.config
+    state = model.state_dict()
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    plain = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=config._attn_implementation
+    )
+    plain.load_state_dict(state)
+    plain.tie_weights()
+    return plain

@@ -1,0 +1,135 @@
+"""`preftune train`: from a configuration to a trained model, top to bottom."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from preftune.batching.sampler import PairSampler
+from preftune.config.experiment import ExperimentConfig
+from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.errors import Interrupted, TrainingDiverged
+from preftune.evaluation.held_out import evaluate_pairs
+from preftune.losses import make_loss
+from preftune.losses.spec import LOSS_SPECS
+from preftune.metrics import MetricSums
+from preftune.model.load import load_model
+from preftune.objective import PreferenceObjective
+from preftune.recipes.pairs import load_experiment_pairs, prepare_tokenizer
+from preftune.recipes.run import Run
+from preftune.recipes.step_zero import check_step_zero
+from preftune.reference.fingerprints import namespace_fields
+from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.training.loop import TrainingLoop
+from preftune.training.optimizer import make_optimizer, make_schedule
+from preftune.training.run_folder import RunFolder, plan_start
+from preftune.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    folder: RunFolder
+    manifest: dict[str, Any]
+
+
+def train(config: ExperimentConfig) -> TrainResult:
+    """Train the policy that `config` describes; what `preftune train` does.
+
+    A run that was stopped goes on from its last checkpoint, to the same bits. A finished one is
+    left as it is.
+
+    Args:
+        config: the whole experiment.
+
+    Returns:
+        The run's folder and its manifest.
+
+    Raises:
+        PreftuneError: see `preftune.errors`; the exit code of the command is the error's.
+    """
+    start = plan_start(config)
+    precision = resolve_precision(config.mixed_precision)
+    runtime = Runtime(precision, config.seed)
+    display = ProgressDisplay(config.progress, is_main=runtime.is_main)
+    if start.kind == "finished":
+        display.say(f"the run in {start.folder.root} is finished; nothing to do")
+        return TrainResult(start.folder, start.folder.read_manifest())
+
+    # ---------------------------------------------------------------- data, before weights load
+    tokenizer = prepare_tokenizer(config)
+    pairs = load_experiment_pairs(config, tokenizer, display)
+    sampler = PairSampler(
+        len(pairs.train.examples),
+        config.global_batch_size(runtime.world_size),
+        config.resolved_data_seed,
+        config.shuffle,
+    )
+    num_steps = count_steps(config, sampler)
+
+    # ---------------------------------------------------------------- model and reference
+    display.say(f"loading {config.model_name_or_path}")
+    loaded = load_model(config, runtime.device)
+    if not loaded.policy.compact_head:
+        display.say(
+            "the model does more to its logits than preftune's head knows: every position is "
+            "scored, which is right but slower"
+        )
+    model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
+    run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
+    fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
+    run.manifest["model"] = {"weights": fields["weights"], "parameters": loaded.num_parameters}
+    batcher, held_out = run.batchers(model, fields)
+    objective = PreferenceObjective(_make_loss(config))
+    first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
+    check_step_zero(model, objective, batcher, first_rows, precision=precision)
+
+    # ---------------------------------------------------------------- train
+    bad_step = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    state = TrainState(model, optimizer, 0, 0, bad_step, MetricSums())
+    metrics_file = run.begin(state)
+
+    def evaluate() -> dict[str, float]:
+        assert held_out is not None  # only called with evaluation data
+        total = len(held_out.examples)
+        with display.stage("evaluate", total, "pair") as update:
+            metrics = evaluate_pairs(
+                model, objective, held_out, config.eval_batch_size, runtime, counting(update)
+            )
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    loop = TrainingLoop(
+        config=config,
+        runtime=runtime,
+        state=state,
+        objective=objective,
+        batcher=batcher,
+        sampler=sampler,
+        schedule=make_schedule(config, num_steps),
+        num_steps=num_steps,
+        metrics_file=metrics_file,
+        display=display,
+        evaluate=evaluate if held_out is not None else None,
+        save=lambda: run.save_checkpoint(state, metrics_file),
+    )
+    try:
+        loop.run()
+    except (Interrupted, TrainingDiverged) as error:
+        run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
+        raise
+    run.save_final()
+    return TrainResult(start.folder, run.end("finished"))
+
+
+def count_steps(config: ExperimentConfig, sampler: PairSampler) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    assert config.num_epochs is not None  # filled by the config when neither is given
+    return max(1, -int(-config.num_epochs * sampler.steps_per_epoch // 1))
+
+
+def _make_loss(config: ExperimentConfig) -> Any:
+    spec = LOSS_SPECS[config.loss_type]
+    return make_loss(config.loss_type, **{name: getattr(config, name) for name in spec.knobs})

@@ -1,0 +1,74 @@
+"""`final/README.md`: what the model is, and how it was made."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from preftune.config.experiment import ExperimentConfig
+
+_CARD = """---
+library_name: transformers
+base_model: {model}
+tags:
+- preftune
+- {loss}
+---
+
+# {name}
+
+Fine-tuned from `{model}` on preference pairs with
+[preftune](https://pypi.org/project/preftune/) {version}, loss `{loss}`.
+
+- Data: `{dataset}`, {num_pairs} pairs (dropped: {dropped})
+- Steps: {steps}, {batch} pairs each; learning rate {learning_rate:g}, {schedule}
+- Loss settings: {knobs}
+- Products in {precision}; weights of this folder in {save_dtype}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+The licence of `{model}` applies to this model too.
+"""
+
+
+def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
+    """Markdown with the hub's metadata in front.
+
+    Args:
+        config: of the run.
+        manifest: of the run; its counts are quoted.
+    """
+    settings = config.to_dict()
+    knobs = {
+        key: settings[key]
+        for key in ("beta", "label_smoothing", "gamma_beta_ratio", "wpo_alignment")
+        if key in settings
+    }
+    train = manifest["data"]["train"]
+    # A local path is the machine's own; the hub's metadata wants a name.
+    model = str(config.model_name_or_path).rstrip("/").rsplit("/", 1)
+    name = (
+        "/".join(model)
+        if not str(config.model_name_or_path).startswith(("/", ".", "~"))
+        else model[-1]
+    )
+    return _CARD.format(
+        model=name,
+        name=f"{model[-1]} aligned with {config.loss_type}",
+        loss=str(config.loss_type),
+        version=manifest["versions"]["preftune"],
+        dataset=str(config.dataset_name).rsplit("/", 1)[-1],
+        num_pairs=train["num_pairs"],
+        dropped=json.dumps(train["dropped"]),
+        steps=manifest["steps"],
+        batch=manifest["global_batch_size"],
+        learning_rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+        knobs=json.dumps(knobs),
+        precision=manifest["precision"],
+        save_dtype=config.save_dtype,
+    )

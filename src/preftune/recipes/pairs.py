@@ -1,0 +1,88 @@
+"""Tokenizer and datasets of an experiment: all that can be checked before weights load."""
+
+from dataclasses import dataclass
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from preftune.config.dataset import PairsConfig
+from preftune.config.experiment import ExperimentConfig
+from preftune.config.model import ModelConfig
+from preftune.data.chat import set_chat_template
+from preftune.data.pairs import PairDataset, load_pairs
+from preftune.data.splits import split_by_prompt
+from preftune.model.load import check_model_files, load_tokenizer
+from preftune.tracking.progress import ProgressDisplay
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokenised pairs of an experiment."""
+
+    train: PairDataset
+    held_out: PairDataset | None
+
+
+def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that the config asks for."""
+    assert config.model_name_or_path is not None  # the config refuses an unset model
+    check_model_files(config.model_name_or_path)
+    tokenizer = load_tokenizer(config)
+    if config.chat_template is not None:
+        set_chat_template(tokenizer, config.chat_template)
+    return tokenizer
+
+
+def load_experiment_pairs(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
+) -> Pairs:
+    """Read, check and tokenise training and held-out pairs, and say what was kept."""
+    train = load_dataset_pairs(
+        config, tokenizer, display, config.dataset_name, max_rows=config.max_train_samples
+    )
+    held_out = None
+    if config.eval_dataset is not None:
+        held_out = load_dataset_pairs(config, tokenizer, display, config.eval_dataset)
+    elif config.test_size is not None:
+        train, held_out = split_by_prompt(train, config.test_size, config.resolved_data_seed)
+        display.say(
+            f"split by prompt: {len(train.examples)} pairs to train on, "
+            f"{len(held_out.examples)} held out"
+        )
+    return Pairs(train, held_out)
+
+
+def load_dataset_pairs(
+    config: PairsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    display: ProgressDisplay,
+    name: str | None,
+    max_rows: int | None = None,
+) -> PairDataset:
+    """Read, check and tokenise one dataset, and say what was kept."""
+    assert name is not None  # the config refuses an unset dataset
+    dataset = load_pairs(
+        name,
+        split=config.dataset_split,
+        column_map=config.column_map,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.truncation,
+        max_dropped_fraction=config.max_dropped_fraction,
+        max_rows=max_rows,
+    )
+    display.say(describe_counts(dataset))
+    return dataset
+
+
+def describe_counts(dataset: PairDataset) -> str:
+    """One line: rows read, kept, and dropped by reason."""
+    counts = dataset.counts
+    text = f"{dataset.name}: {counts.read} rows read, {counts.kept} kept"
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
+    if dropped:
+        first = ", ".join(f"{row} ({reason})" for row, reason in counts.dropped_rows[:3])
+        text += f", dropped: {dropped} (first: {first})"
+    if counts.truncated:
+        text += f", {counts.truncated} truncated"
+    return text

@@ -1,0 +1,78 @@
+"""`preftune check`: everything that can be found wrong before weights load."""
+
+import os
+import shutil
+from pathlib import Path
+
+from preftune.batching.sampler import PairSampler
+from preftune.config.experiment import ExperimentConfig
+from preftune.data.pairs import PairDataset
+from preftune.errors import CheckpointError
+from preftune.recipes.dpo import count_steps
+from preftune.recipes.pairs import describe_counts, load_experiment_pairs, prepare_tokenizer
+from preftune.tracking.progress import ProgressDisplay
+from preftune.training.run_folder import plan_start
+
+
+def check(config: ExperimentConfig) -> str:
+    """Validate configuration, output folder, tokenizer and every row; load no weights.
+
+    Args:
+        config: of the run that would follow.
+
+    Returns:
+        What the run would do, for people.
+
+    Raises:
+        PreftuneError: the first thing that would stop the run.
+    """
+    start = plan_start(config)
+    writable = check_output_dir(start.folder.root)
+    tokenizer = prepare_tokenizer(config)
+    display = ProgressDisplay("none")
+    pairs = load_experiment_pairs(config, tokenizer, display)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = config.global_batch_size(world_size)
+    sampler = PairSampler(
+        len(pairs.train.examples), batch, config.resolved_data_seed, config.shuffle
+    )
+    steps = count_steps(config, sampler)
+    lines = [
+        config.to_yaml().rstrip(),
+        "",
+        describe_counts(pairs.train),
+        *([describe_counts(pairs.held_out)] if pairs.held_out else []),
+        _describe_lengths(pairs.train),
+        f"pairs a step: {batch} = {config.per_device_train_batch_size} x "
+        f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",
+        f"steps: {steps} ({sampler.steps_per_epoch} an epoch)",
+        f"output_dir: {start.folder.root} ({start.kind}), "
+        f"{shutil.disk_usage(writable).free / 2**30:.1f} GiB free",
+        "check passed: nothing was loaded or written",
+    ]
+    return "\n".join(lines)
+
+
+def check_output_dir(root: Path) -> Path:
+    """The nearest folder of `root` that exists.
+
+    Raises:
+        CheckpointError: it cannot be written to.
+    """
+    existing = root
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(
+            f"output_dir is {str(root)!r}: {existing} is not writable; give another --output_dir"
+        )
+    return existing
+
+
+def _describe_lengths(dataset: PairDataset) -> str:
+    lengths = sorted(max(example.lengths) for example in dataset.examples)
+    tokens = sum(sum(example.lengths) for example in dataset.examples)
+    return (
+        f"tokens: {tokens} an epoch as both sides are forwarded; longest side of a pair: "
+        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
+    )

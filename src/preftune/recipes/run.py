@@ -1,0 +1,216 @@
+"""The parts of a run that touch its folder and its manifest."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from preftune.batching.sampler import PairSampler
+from preftune.config.experiment import ExperimentConfig
+from preftune.config.paths import cache_root
+from preftune.distributed.runtime import Runtime
+from preftune.errors import CheckpointError
+from preftune.losses.spec import LOSS_SPECS
+from preftune.model.load import DTYPES, LoadedModel, save_model
+from preftune.objective import PairBatcher
+from preftune.recipes.model_card import model_card
+from preftune.recipes.pairs import Pairs
+from preftune.reference.build import reference_logps
+from preftune.reference.fingerprints import namespace_key
+from preftune.reference.store import ReferenceStore, write_atomically
+from preftune.schema import TokenizedExample
+from preftune.tracking.jsonl import MetricsFile
+from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.training.checkpoint import load_checkpoint, save_checkpoint
+from preftune.training.loop import peak_memory_gib
+from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
+from preftune.training.step import TrainState
+
+
+class Run:
+    """The parts of one run that touch its folder and its manifest."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        start: RunStart,
+        runtime: Runtime,
+        display: ProgressDisplay,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Pairs,
+        loaded: LoadedModel,
+        sampler: PairSampler,
+        num_steps: int,
+    ) -> None:
+        """Hold what the methods need; nothing on disk is touched before `begin`."""
+        self.config = config
+        self.start = start
+        self.runtime = runtime
+        self.display = display
+        self.tokenizer = tokenizer
+        self.pairs = pairs
+        self.loaded = loaded
+        self.began = time.time()
+        self.manifest = new_manifest(config) | {
+            "device": str(runtime.device),
+            "threads": torch.get_num_threads(),
+            "world_size": runtime.world_size,
+            "precision": runtime.precision,
+            "layout": config.layout,
+            "compact_head": loaded.policy.compact_head,
+            "steps": num_steps,
+            "steps_per_epoch": sampler.steps_per_epoch,
+            "global_batch_size": sampler.global_batch_size,
+            "data": _describe_data(pairs),
+        }
+
+    def batchers(
+        self, model: nn.Module, fields: dict[str, Any]
+    ) -> tuple[PairBatcher, PairBatcher | None]:
+        """Training and held-out pairs with their reference values."""
+        namespace = namespace_key(fields)
+        train = self._batcher(model, self.pairs.train.examples, fields, "reference")
+        held_out = None
+        if self.pairs.held_out is not None:
+            examples = self.pairs.held_out.examples
+            held_out = self._batcher(model, examples, fields, "reference (held out)")
+        if train.reference is not None:
+            self.manifest["reference_namespace"] = namespace
+        return train, held_out
+
+    def _batcher(
+        self,
+        model: nn.Module,
+        examples: Sequence[TokenizedExample],
+        fields: dict[str, Any],
+        stage: str,
+    ) -> PairBatcher:
+        config, runtime = self.config, self.runtime
+        values = None
+        if LOSS_SPECS[config.loss_type].needs_reference:
+            store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
+            model.eval()
+            # Rank 0 scores what is missing; the others then find it in the store.
+            with (
+                runtime.main_first(),
+                self.display.stage(stage, 2 * len(examples), "answer") as update,
+            ):
+                values = reference_logps(
+                    model,
+                    examples,
+                    store,
+                    layout=config.layout,
+                    device=runtime.device,
+                    progress=counting(update),
+                )
+            self.display.say(
+                f"{stage}: {values.num_computed} log-probs computed, "
+                f"{values.num_reused} reused from {store.folder}"
+            )
+            self.manifest.setdefault("reference", {})[stage] = {
+                "computed": values.num_computed,
+                "reused": values.num_reused,
+            }
+        sums = None if values is None else values.sums
+        return PairBatcher(examples, sums, config.layout, runtime.device)
+
+    def begin(self, state: TrainState) -> MetricsFile:
+        """Make or take up the folder; restores the checkpoint, if there is one."""
+        folder = self.start.folder
+        metrics_file = MetricsFile(folder.metrics)
+        offset = 0
+        if self.start.checkpoint is not None:
+            document = load_checkpoint(self.start.checkpoint, state, self.loaded.policy.model)
+            self._check_same_start(document)
+            offset = document["metrics_offset"]
+            self.display.say(f"going on after step {state.step}, from {self.start.checkpoint}")
+        if self.runtime.is_main:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._take_over_metrics(metrics_file, offset)
+            write_atomically(folder.config, self.config.to_yaml().encode())
+            folder.write_manifest(self.manifest)
+        self.runtime.barrier()
+        return metrics_file
+
+    def _check_same_start(self, document: dict[str, Any]) -> None:
+        for key, now in self._identity().items():
+            if document["identity"][key] != now:
+                raise CheckpointError(
+                    f"{self.start.checkpoint} was trained from another {key} than "
+                    f"{self.config.model_name_or_path!r} and {self.config.dataset_name!r} give "
+                    "now: the files have changed since; restore them, or start a new --output_dir"
+                )
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "model": self.manifest["model"]["weights"],
+            "dataset": self.pairs.train.fingerprint,
+        }
+
+    def _take_over_metrics(self, metrics_file: MetricsFile, offset: int) -> None:
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None and not metrics_file.path.exists():
+            # A checkpoint of another run folder: its lines up to that step come along.
+            source = checkpoint.parent.parent / metrics_file.path.name
+            if source.exists():
+                shutil.copyfile(source, metrics_file.path)
+        metrics_file.rewind(offset)
+
+    def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
+        """Save the state after its step, and drop checkpoints beyond the retention."""
+        if self.runtime.is_main:
+            metrics_file.sync()
+            save_checkpoint(
+                self.start.folder.checkpoint(state.step),
+                state,
+                self.loaded.policy.model,
+                {
+                    "config": self.manifest["config"],
+                    "identity": self._identity(),
+                    "metrics_offset": metrics_file.offset,
+                    "reference_namespace": self.manifest.get("reference_namespace"),
+                },
+            )
+            remove_old_checkpoints(self.start.folder, self.config.keep_last_n_checkpoints)
+        self.runtime.barrier()
+
+    def save_final(self) -> None:
+        """Write `final/`, whole or not at all."""
+        if self.runtime.is_main:
+            final = self.start.folder.final
+            temporary = final.with_name(".partial-final")
+            for path in (temporary, final):
+                shutil.rmtree(path, ignore_errors=True)
+            choice = self.config.save_dtype
+            dtype = self.loaded.source_dtype if choice == "auto" else DTYPES[choice]
+            save_model(self.loaded, self.tokenizer, temporary, dtype)
+            (temporary / "README.md").write_text(model_card(self.config, self.manifest))
+            temporary.rename(final)
+            self.display.say(f"saved {final}")
+        self.runtime.barrier()
+
+    def end(self, status: str) -> dict[str, Any]:
+        """Write the manifest's last word."""
+        self.manifest |= {
+            "status": status,
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": round(time.time() - self.began, 3),
+            "peak_memory_gib": peak_memory_gib(self.runtime.device),
+        }
+        if self.runtime.is_main:
+            self.start.folder.write_manifest(self.manifest)
+        return self.manifest
+
+
+def _describe_data(pairs: Pairs) -> dict[str, Any]:
+    return {
+        label: {"name": dataset.name, "fingerprint": dataset.fingerprint}
+        | {"num_pairs": len(dataset.examples)}
+        | dataset.counts.as_dict()
+        for label, dataset in (("train", pairs.train), ("held_out", pairs.held_out))
+        if dataset is not None
+    }

@@ -1,0 +1,194 @@
+"""`preftune score`: log-probs, implicit rewards and accuracy of a model on pairs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from preftune.batching.layout import LayoutName
+from preftune.batching.sampler import length_sorted_batches
+from preftune.config.model import ModelConfig
+from preftune.config.score import ScoreConfig
+from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.errors import ConfigError
+from preftune.model.forward import pair_logps
+from preftune.model.load import load_model
+from preftune.objective import PairBatcher, as_pairs
+from preftune.recipes.pairs import load_dataset_pairs, prepare_tokenizer
+from preftune.schema import TokenizedExample
+from preftune.tracking.progress import ProgressDisplay
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-prob sums of a model on pairs, nats, fp64, one entry a pair."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def likelihood_accuracy(self) -> float:
+        """Share of pairs whose chosen answer is the more likely one."""
+        return float((self.chosen > self.rejected).mean())
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What `preftune score` prints."""
+
+    num_pairs: int
+    logps_chosen: float
+    logps_rejected: float
+    likelihood_accuracy: float
+    """Share of pairs where the model itself gives the chosen answer the higher log-prob."""
+    reward_accuracy: float | None
+    """Share of pairs with the higher implicit reward on the chosen side; None without reference."""
+    reward_margin: float | None
+    """Mean of beta x (chosen - rejected logratio); None without reference."""
+    output: str | None
+
+    def __str__(self) -> str:
+        """The lines that the command prints."""
+        lines = [
+            f"pairs                      {self.num_pairs}",
+            f"logps/chosen (mean)        {self.logps_chosen:.4f}",
+            f"logps/rejected (mean)      {self.logps_rejected:.4f}",
+            f"chosen more likely         {self.likelihood_accuracy:.4f}",
+        ]
+        if self.reward_accuracy is not None and self.reward_margin is not None:
+            lines += [
+                f"rewards/accuracies         {self.reward_accuracy:.4f}",
+                f"rewards/margins (mean)     {self.reward_margin:.4f}",
+            ]
+        if self.output:
+            lines.append(f"per pair                   {self.output}")
+        return "\n".join(lines)
+
+
+def score(config: ScoreConfig) -> ScoreSummary:
+    """Score pairs under a model and, where given, a reference.
+
+    The two models are loaded one after the other, so memory holds one at a time.
+
+    Args:
+        config: model, pairs, reference.
+
+    Returns:
+        The means; per-pair values go to `config.output` as parquet.
+    """
+    _check_output(config)
+    precision = resolve_precision(config.mixed_precision)
+    runtime = Runtime(precision, seed=0)
+    display = ProgressDisplay(config.progress, is_main=runtime.is_main)
+    tokenizer = prepare_tokenizer(config)
+    dataset = load_dataset_pairs(config, tokenizer, display, config.dataset_name)
+    policy = score_model(config, dataset.examples, runtime, display, config)
+    reference = None
+    if config.reference_model_name_or_path is not None:
+        reference_config = ModelConfig(
+            model_name_or_path=config.reference_model_name_or_path,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+        reference = score_model(reference_config, dataset.examples, runtime, display, config)
+    if config.output:
+        write_scores(Path(config.output), dataset.examples, policy, reference, config.beta)
+    margins = None
+    if reference is not None and config.beta is not None:
+        margins = config.beta * (
+            (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+        )
+    return ScoreSummary(
+        num_pairs=len(dataset.examples),
+        logps_chosen=float(policy.chosen.mean()),
+        logps_rejected=float(policy.rejected.mean()),
+        likelihood_accuracy=policy.likelihood_accuracy,
+        reward_accuracy=None if margins is None else float((margins > 0).mean()),
+        reward_margin=None if margins is None else float(margins.mean()),
+        output=config.output,
+    )
+
+
+def score_model(
+    model_config: ModelConfig,
+    examples: Sequence[TokenizedExample],
+    runtime: Runtime,
+    display: ProgressDisplay,
+    config: ScoreConfig,
+) -> PairScores:
+    """Load one model and score every pair with it."""
+    display.say(f"loading {model_config.model_name_or_path}")
+    loaded = load_model(model_config, runtime.device)
+    model = runtime.prepare_for_inference(loaded.policy)
+    with display.stage("score", len(examples), "pair") as update:
+        return score_examples(
+            model,
+            examples,
+            config.layout,
+            config.per_device_eval_batch_size,
+            runtime.device,
+            update,
+        )
+
+
+@torch.no_grad()
+def score_examples(
+    model: torch.nn.Module,
+    examples: Sequence[TokenizedExample],
+    layout: LayoutName,
+    batch_size: int,
+    device: torch.device,
+    update: Callable[[int], None] = lambda done: None,
+) -> PairScores:
+    """Log-prob sums of every pair under a prepared model."""
+    batcher = PairBatcher(examples, None, layout, device)
+    chosen = np.full(len(examples), math.nan)
+    rejected = np.full(len(examples), math.nan)
+    done = 0
+    for rows in length_sorted_batches([max(e.lengths) for e in examples], batch_size):
+        logps = as_pairs(pair_logps(model, batcher(rows).layout), None)
+        chosen[rows] = logps.chosen.cpu().numpy()
+        rejected[rows] = logps.rejected.cpu().numpy()
+        done += len(rows)
+        update(done)
+    return PairScores(chosen, rejected)
+
+
+def write_scores(
+    path: Path,
+    examples: Sequence[TokenizedExample],
+    policy: PairScores,
+    reference: PairScores | None,
+    beta: float | None,
+) -> None:
+    """One parquet row a pair, in the order of the dataset."""
+    columns: dict[str, object] = {
+        "row_id": [example.row_id for example in examples],
+        "source": [example.source for example in examples],
+        "num_tokens_chosen": [example.completions[0].num_scored for example in examples],
+        "num_tokens_rejected": [example.completions[1].num_scored for example in examples],
+        "logps_chosen": policy.chosen,
+        "logps_rejected": policy.rejected,
+    }
+    if reference is not None and beta is not None:
+        columns |= {
+            "reference_logps_chosen": reference.chosen,
+            "reference_logps_rejected": reference.rejected,
+            "reward_chosen": beta * (policy.chosen - reference.chosen),
+            "reward_rejected": beta * (policy.rejected - reference.rejected),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def _check_output(config: ScoreConfig) -> None:
+    if config.output and Path(config.output).exists():
+        raise ConfigError(f"output is {config.output!r}, which exists; give another name")

@@ -1,0 +1,72 @@
+"""Before the first step: the policy must still be the reference."""
+
+import math
+
+import torch
+from torch import nn
+
+from preftune.errors import CacheError
+from preftune.objective import PairBatcher, PreferenceObjective
+
+
+@torch.no_grad()
+def check_step_zero(
+    model: nn.Module,
+    objective: PreferenceObjective,
+    batcher: PairBatcher,
+    rows: list[int],
+    *,
+    precision: str,
+) -> float:
+    """Compare the policy with the stored reference, side by side, and the loss with its constant.
+
+    The loss alone is blind: scoring the prompt on both sides, or both models on a wrong base,
+    still gives ln 2. So each side's log-probs are compared as well.
+
+    Args:
+        model: prepared, before any update and before a checkpoint is restored.
+        objective: the loss.
+        batcher: pairs with their stored reference values.
+        rows: which pairs to look at.
+        precision: of the products; bf16 rounds by batch composition, so its tolerance is wide.
+
+    Returns:
+        The mean loss over `rows`.
+
+    Raises:
+        CacheError: policy and reference disagree.
+    """
+    model.eval()
+    logps = objective.logps(model, batcher(rows))
+    loss = float(objective.loss(logps).values.mean())
+    if logps.ref_chosen is None or logps.ref_rejected is None:
+        return loss
+    for side, policy, reference, lengths in (
+        ("chosen", logps.chosen, logps.ref_chosen, logps.chosen_lengths),
+        ("rejected", logps.rejected, logps.ref_rejected, logps.rejected_lengths),
+    ):
+        tolerance = _tolerance(lengths.double(), reference, precision)
+        excess = (policy - reference).abs() - tolerance
+        worst = int(excess.argmax())
+        if excess[worst] > 0:
+            raise CacheError(
+                f"before the first step the policy gives the {side} answer of "
+                f"{batcher.examples[rows[worst]].row_id} a log-prob of {float(policy[worst]):.6f}, "
+                f"the stored reference {float(reference[worst]):.6f}; they must agree to "
+                f"{float(tolerance[worst]):.2g}. The store does not belong to this model: delete "
+                "its folder under cache_dir/reference, or give another --cache_dir"
+            )
+    expected = objective.loss.value_at_reference(logps)
+    allowed = 1e-4 if precision == "fp32" else 0.1
+    if expected is not None and not math.isclose(loss, expected, abs_tol=allowed * (1 + expected)):
+        raise CacheError(
+            f"before the first step the loss is {loss:.6f}; it must be {expected:.6f}, because "
+            "policy and reference are still equal. Delete the store under cache_dir/reference"
+        )
+    return loss
+
+
+def _tolerance(lengths: torch.Tensor, logps: torch.Tensor, precision: str) -> torch.Tensor:
+    if precision == "fp32":
+        return 1e-5 * lengths.sqrt() + 1e-6 * logps.abs()
+    return 0.1 * lengths.sqrt()

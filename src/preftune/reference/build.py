@@ -1,0 +1,147 @@
+"""Score every answer once under the reference, or take the value from the store.
+
+The reference is the policy in its initial state. Shards and their micro-batches are a pure
+function of the rows, so a pass that was killed ends in the same bytes when it is run again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from preftune.batching.layout import LayoutName, build_layout
+from preftune.batching.sampler import token_budget_batches
+from preftune.model.forward import pair_logps
+from preftune.reference.fingerprints import completion_key
+from preftune.reference.store import ReferenceStore, StoredLogps
+from preftune.schema import Completion, TokenizedExample
+
+# Fixed, because the composition of a micro-batch changes the last bits of a log-prob.
+MAX_TOKENS_PER_MICRO_BATCH = 4096
+MICRO_BATCHES_PER_SHARD = 16
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """The reference's log-prob sums of a dataset, whole on the device."""
+
+    sums: Tensor
+    """fp64, (rows, answers a row), nats."""
+    num_computed: int
+    """Answers scored by this call; answers that occur twice count once."""
+    num_reused: int
+    """Answers whose values were in the store."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    key: bytes
+    example: TokenizedExample
+    completion: Completion
+
+    @property
+    def length(self) -> int:
+        return len(self.example.prompt_ids) + len(self.completion.ids)
+
+    def alone(self) -> TokenizedExample:
+        return TokenizedExample(
+            self.example.row_id,
+            self.example.prompt_ids,
+            (self.completion,),
+            ("chosen",),
+            self.example.source,
+            self.example.prompt_key,
+        )
+
+
+def reference_logps(
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    store: ReferenceStore,
+    *,
+    layout: LayoutName,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> ReferenceLogps:
+    """Log-prob sums of every answer under the model as it is now.
+
+    Args:
+        model: the policy before its first step, in eval mode, prepared like in training.
+        examples: rows with the same number of answers each.
+        store: where values are kept; it must belong to this model (see `namespace_fields`).
+        layout: how rows are laid out.
+        device: where the result goes.
+        progress: called with (answers done, answers to do).
+    """
+    keys = [[completion_key(e, c) for c in e.completions] for e in examples]
+    answers: dict[bytes, _Answer] = {}
+    for example, row in zip(examples, keys, strict=True):
+        for key, completion in zip(row, example.completions, strict=True):
+            answers.setdefault(key, _Answer(key, example, completion))
+    # Two passes over the same rows have one id, so a pass that was cut off finds its own shards,
+    # while rows known from other passes are not computed again.
+    pass_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
+    known = store.read(skip_pass=pass_id)
+    missing = [answer for key, answer in answers.items() if key not in known]
+    own, num_computed = _compute_shards(model, missing, store, pass_id, layout, device, progress)
+    known.update(own)
+    sums = [[known[key].sum for key in row] for row in keys]
+    return ReferenceLogps(
+        sums=torch.tensor(sums, dtype=torch.float64, device=device),
+        num_computed=num_computed,
+        num_reused=len(answers) - num_computed,
+    )
+
+
+def _compute_shards(
+    model: nn.Module,
+    missing: list[_Answer],
+    store: ReferenceStore,
+    pass_id: str,
+    layout: LayoutName,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[dict[bytes, StoredLogps], int]:
+    batches = token_budget_batches([a.length for a in missing], MAX_TOKENS_PER_MICRO_BATCH)
+    values: dict[bytes, StoredLogps] = {}
+    num_computed = num_done = 0
+    for index, start in enumerate(range(0, len(batches), MICRO_BATCHES_PER_SHARD)):
+        shard = batches[start : start + MICRO_BATCHES_PER_SHARD]
+        members = [missing[i] for batch in shard for i in batch]
+        path = store.shard_path(pass_id, index)
+        stored = store.read_shard(path) if path.exists() else {}
+        if any(answer.key not in stored for answer in members):
+            stored = _compute_shard(model, [[missing[i] for i in b] for b in shard], layout, device)
+            ordered = [stored[answer.key] for answer in members]
+            store.write_shard(
+                path,
+                [answer.key for answer in members],
+                [value.per_token for value in ordered],
+                [value.sum for value in ordered],
+            )
+            num_computed += len(members)
+        values.update(stored)
+        num_done += len(members)
+        if progress is not None:
+            progress(num_done, len(missing))
+    return values, num_computed
+
+
+@torch.no_grad()
+def _compute_shard(
+    model: nn.Module, batches: list[list[_Answer]], layout: LayoutName, device: torch.device
+) -> dict[bytes, StoredLogps]:
+    values: dict[bytes, StoredLogps] = {}
+    for batch in batches:
+        result = pair_logps(model, build_layout([a.alone() for a in batch], layout).to(device))
+        sums = result.sums.tolist()
+        for answer, total, per_token in zip(batch, sums, result.per_token, strict=True):
+            values[answer.key] = StoredLogps(
+                total, per_token.float().cpu().numpy().astype(np.float32)
+            )
+    return values

@@ -1,0 +1,167 @@
+"""Save and restore everything that training changes.
+
+    step-00000100/model.safetensors      weights by parameter name, in the training dtype
+    step-00000100/optimizer.safetensors  "<state>/<parameter name>"
+    step-00000100/rng.safetensors        generators of torch on the CPU and the devices
+    step-00000100/state.json             counters, metrics, configuration, generators of Python
+
+The learning-rate schedule and the order of the data are functions of the step and are not saved.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from preftune.errors import CheckpointError
+from preftune.model.load import named_weights
+from preftune.training.step import TrainState
+
+VERSION = 1
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, model: nn.Module, extra: dict[str, Any]
+) -> None:
+    """Write a checkpoint beside its place, flush it to disk, and rename it there.
+
+    Args:
+        folder: `checkpoints/step-...`; it appears only when it is complete.
+        state: of the training.
+        model: the module inside the engine's wrapper, whose names the weights get.
+        extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
+    """
+    temporary = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(named_weights(model), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(state, model), temporary / "optimizer.safetensors")
+        save_file(_generator_tensors(), temporary / "rng.safetensors")
+        document = {
+            "version": VERSION,
+            "step": state.step,
+            "num_tokens": state.num_tokens,
+            "window": state.window.snapshot(),
+            "python_rng": random.getstate(),
+            "numpy_rng": _numpy_state(),
+            **extra,
+        }
+        (temporary / "state.json").write_text(json.dumps(document, default=str))
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+        if folder.exists():  # the same step, saved before a resume
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {folder} could not be written ({error.strerror or error}); earlier "
+            "checkpoints are untouched; free some space or lower keep_last_n_checkpoints, and run "
+            "the same command to go on"
+        ) from error
+
+
+def load_checkpoint(folder: Path, state: TrainState, model: nn.Module) -> dict[str, Any]:
+    """Put weights, optimizer, counters, metrics and generators back as they were.
+
+    Args:
+        folder: a complete checkpoint.
+        state: changed in place.
+        model: the module inside the engine's wrapper.
+
+    Returns:
+        The JSON document of the checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged or belongs to another model.
+    """
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        optimizer = load_file(folder / "optimizer.safetensors")
+        generators = load_file(folder / "rng.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({error}); delete that folder to go on from the "
+            "one before it"
+        ) from error
+    _restore_weights(folder, weights, model)
+    _restore_optimizer(optimizer, state, model)
+    state.step = document["step"]
+    state.num_tokens = document["num_tokens"]
+    state.window.restore(document["window"], state.bad_step.device)
+    _restore_generators(generators, document)
+    return document
+
+
+def _restore_weights(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    current = named_weights(model)
+    if current.keys() != weights.keys():
+        names = sorted(current.keys() ^ weights.keys())[:3]
+        raise CheckpointError(
+            f"the checkpoint {folder} belongs to another model: {', '.join(names)} stand in only "
+            "one of the two; give the model that the run was started with"
+        )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(weights[name])
+
+
+def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]:
+    moments = state.optimizer.state
+    return {
+        f"{key}/{name}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in moments.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimizer(tensors: dict[str, Tensor], state: TrainState, model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    for label, tensor in tensors.items():
+        key, name = label.split("/", 1)
+        parameter = parameters[name]
+        # Fused kernels want the step count beside the moments, on the parameter's device.
+        state.optimizer.state[parameter][key] = tensor.to(parameter.device)
+
+
+def _generator_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count()):
+        states[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def _restore_generators(states: dict[str, Tensor], document: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+    kind, internal, gauss = document["python_rng"]
+    random.setstate((kind, tuple(internal), gauss))
+    name, keys, *rest = document["numpy_rng"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state()
+    return [name, np.asarray(keys).tolist(), *rest]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

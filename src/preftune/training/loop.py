@@ -1,0 +1,187 @@
+"""When to train, log, evaluate, save and stop."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from preftune.batching.sampler import PairSampler, split_micro_batches
+from preftune.config.experiment import ExperimentConfig
+from preftune.distributed.runtime import Runtime
+from preftune.errors import Interrupted, TrainingDiverged
+from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.tracking.jsonl import MetricsFile
+from preftune.tracking.progress import ProgressDisplay, Update
+from preftune.training.optimizer import Schedule
+from preftune.training.signals import StopRequest, stop_on_signal
+from preftune.training.step import TrainState, train_step
+
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+
+
+@dataclass
+class TrainingLoop:
+    """Runs a prepared state to its last step.
+
+    Built by a recipe, which owns all choices; the loop only decides when.
+    """
+
+    config: ExperimentConfig
+    runtime: Runtime
+    state: TrainState
+    objective: PreferenceObjective
+    batcher: PairBatcher
+    sampler: PairSampler
+    schedule: Schedule
+    num_steps: int
+    metrics_file: MetricsFile
+    display: ProgressDisplay
+    evaluate: Callable[[], dict[str, float]] | None
+    """Held-out metrics under their full names (`eval/loss`); None without evaluation data."""
+    save: Callable[[], None]
+    """Write a checkpoint of the state as it is."""
+    _window_began: float = field(default_factory=time.perf_counter)
+    _window_pairs: int = 0
+    _window_tokens: int = 0
+    _window_steps: int = 0
+    _unchecked: dict[int, int] = field(default_factory=dict)
+    """Step -> tokens before it, of the steps whose finiteness has not been read yet."""
+
+    def run(self) -> None:
+        """Train until the last step.
+
+        Raises:
+            TrainingDiverged: a loss or gradient was not finite.
+            Interrupted: a signal asked to stop; a checkpoint was saved.
+        """
+        total, start = self.num_steps, self.state.step
+        self._start_window()
+        with (
+            stop_on_signal() as request,
+            self.display.stage("train", total, "step", start) as update,
+        ):
+            while self.state.step < total:
+                self._one_step()
+                self._after_step(update, request)
+
+    def _one_step(self) -> None:
+        config, runtime, step = self.config, self.runtime, self.state.step
+        rows = self.sampler.batch(step)
+        shares = split_micro_batches(
+            rows, config.per_device_train_batch_size, runtime.rank, runtime.world_size
+        )
+        tokens_before = self.state.num_tokens
+        self._unchecked[step + 1] = tokens_before
+        train_step(
+            self.state,
+            [self.batcher(share) for share in shares],
+            self.objective,
+            runtime,
+            learning_rate=self.schedule(step),
+            max_grad_norm=config.max_grad_norm,
+        )
+        self._window_pairs += len(rows)
+        self._window_tokens += self.state.num_tokens - tokens_before
+        self._window_steps += 1
+
+    def _after_step(self, update: Update, request: StopRequest) -> None:
+        step = self.state.step
+        record: dict[str, float] = {}
+        logging = step % self.config.logging_steps == 0 or step == self.num_steps
+        saving = self._checkpoint_due(step)
+        evaluating = self.evaluate is not None and self._evaluation_due(step)
+        if logging or saving or evaluating or request.signal_name:
+            self._stop_if_diverged()  # host sync
+        if logging:
+            record |= self._logged_metrics()
+        if evaluating:
+            record |= self._evaluated_metrics()
+        if record and self.runtime.is_main:
+            self.metrics_file.append({"step": step, **record})
+        update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
+        if saving or (request.signal_name and step < self.num_steps):
+            self.save()
+        if request.signal_name and step < self.num_steps:
+            raise Interrupted(
+                f"{request.signal_name} received: stopped after step {step} of {self.num_steps}, "
+                "with a checkpoint saved; run the same command again to go on"
+            )
+
+    def _logged_metrics(self) -> dict[str, float]:
+        means = self.state.window.means(self.runtime.all_reduce)  # host sync
+        self.state.window.clear()
+        seconds = time.perf_counter() - self._window_began
+        record = {
+            **means,
+            "epoch": self.sampler.epoch_at(self.state.step),
+            "num_tokens": self.state.num_tokens,
+            "perf/pairs_per_second": self._window_pairs / seconds,
+            "perf/tokens_per_second": self._window_tokens / seconds,
+            "perf/step_seconds": seconds / self._window_steps,
+            "perf/peak_memory_gib": peak_memory_gib(self.runtime.device),
+        }
+        self._start_window()
+        return record
+
+    def _evaluated_metrics(self) -> dict[str, float]:
+        assert self.evaluate is not None  # the caller asked whether evaluation is due
+        began = time.perf_counter()
+        metrics = self.evaluate()
+        # Evaluation is not training time.
+        self._window_began += time.perf_counter() - began
+        shown = {label: metrics[f"eval/{key}"] for key, label in SHOWN.items()}
+        text = "  ".join(f"{label} {value:.4g}" for label, value in shown.items())
+        self.display.say(f"evaluation after step {self.state.step}: {text}")
+        return metrics
+
+    def _start_window(self) -> None:
+        self._window_began = time.perf_counter()
+        self._window_pairs = self._window_tokens = self._window_steps = 0
+
+    def _stop_if_diverged(self) -> None:
+        bad_step = int(self.state.bad_step)
+        if not bad_step:
+            self._unchecked.clear()
+            return
+        rows = self.sampler.batch(bad_step - 1)
+        row_ids = [self.batcher.examples[row].row_id for row in rows]
+        # No update was applied from the bad step on: what is saved is the state from before it.
+        self.state.step, self.state.num_tokens = bad_step - 1, self._unchecked[bad_step]
+        self.state.window.clear()
+        self.save()
+        raise TrainingDiverged(
+            f"the loss or gradient of step {bad_step} is not finite; its rows: "
+            f"{', '.join(row_ids)}. The state from before that step is saved in "
+            f"checkpoints/step-{bad_step - 1:08d}; look at those rows, lower learning_rate "
+            f"({self.config.learning_rate:g}), or set max_grad_norm"
+        )
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self.config.checkpointing_steps
+        if every is None:
+            return False
+        if every == "epoch":
+            return step % self.sampler.steps_per_epoch == 0
+        return step % int(every) == 0
+
+    def _evaluation_due(self, step: int) -> bool:
+        if step == self.num_steps:
+            return True
+        if self.config.eval_strategy == "epoch":
+            return step % self.sampler.steps_per_epoch == 0
+        every: Any = self.config.eval_steps
+        if self.config.eval_strategy != "steps" or every is None:
+            return False
+        if isinstance(every, float):
+            every = max(1, round(every * self.num_steps))
+        return step % every == 0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: allocated on a GPU, resident of the process on a CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,221 @@
+"""A run's folder: what lies in it, and whether a new command may go on there."""
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from preftune.config.experiment import ExperimentConfig
+from preftune.errors import CheckpointError
+from preftune.reference.store import write_atomically
+
+# What may differ between the command that started a run and the one that goes on with it.
+MAY_CHANGE = frozenset(
+    {
+        "num_epochs",
+        "max_train_steps",
+        "logging_steps",
+        "progress",
+        "checkpointing_steps",
+        "keep_last_n_checkpoints",
+        "resume",
+        "output_dir",
+        "cache_dir",
+        "save_dtype",
+    }
+)
+MAKER = "preftune"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `output_dir`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, counts, status: `run.json`."""
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a logging step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds `step-00000100/` and so on."""
+        return self.root / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The trained model in the Hugging Face format."""
+        return self.root / "final"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first; half-written ones have another name."""
+        return sorted(
+            path for path in self.checkpoints.glob("step-*") if (path / "state.json").is_file()
+        )
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The run's manifest.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            manifest = json.loads(self.manifest.read_text())
+            if not isinstance(manifest, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.manifest} cannot be read ({error}); give another --output_dir"
+            ) from error
+        return manifest
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest in one go."""
+        text = json.dumps(manifest, indent=1, default=str) + "\n"
+        write_atomically(self.manifest, text.encode())
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """How a command may begin in its output folder."""
+
+    folder: RunFolder
+    kind: Literal["new", "resume", "finished"]
+    checkpoint: Path | None = None
+    """What to go on from; None starts at step 0."""
+
+
+def plan_start(config: ExperimentConfig) -> RunStart:
+    """Decide how to begin, from what lies on disk; changes nothing there.
+
+    Raises:
+        CheckpointError: the folder holds something else, another configuration, or no checkpoint
+            where one was asked for.
+    """
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    explicit = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
+    if explicit is not None:
+        _check_checkpoint(config, explicit)
+    if folder.root.exists() and not folder.root.is_dir():
+        raise CheckpointError(
+            f"output_dir is {config.output_dir!r}, which is a file; give a folder"
+        )
+    if not folder.root.exists() or not any(folder.root.iterdir()):
+        return RunStart(folder, "resume" if explicit else "new", explicit)
+    if config.resume == "never":
+        raise CheckpointError(
+            f"output_dir {config.output_dir!r} is not empty and resume is 'never'; "
+            "give a new --output_dir, or --resume auto to go on with the run there"
+        )
+    if not folder.manifest.is_file():
+        names = ", ".join(sorted(p.name for p in folder.root.iterdir())[:5])
+        raise CheckpointError(
+            f"output_dir {config.output_dir!r} holds files that are not a preftune run's "
+            f"({names}); nothing there was changed; give a new or empty --output_dir"
+        )
+    return _go_on(config, folder, explicit)
+
+
+def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -> RunStart:
+    manifest = folder.read_manifest()
+    if manifest.get("made_by") != MAKER:
+        raise CheckpointError(
+            f"{folder.manifest} was not written by preftune; give a new or empty --output_dir"
+        )
+    _check_same_config(config, manifest.get("config", {}), str(folder.root))
+    if manifest.get("status") == "finished":
+        _check_nothing_left(config, manifest)
+        return RunStart(folder, "finished")
+    checkpoints = folder.list_checkpoints()
+    if explicit is None:
+        return RunStart(folder, "resume" if checkpoints else "new", (checkpoints or [None])[-1])
+    if any(path.name > explicit.name for path in checkpoints):
+        raise CheckpointError(
+            f"resume is {str(explicit)!r}, but {config.output_dir!r} already holds the later "
+            f"{checkpoints[-1].name}; give a new --output_dir to branch off there, or --resume auto"
+        )
+    return RunStart(folder, "resume", explicit)
+
+
+def _check_nothing_left(config: ExperimentConfig, manifest: Mapping[str, Any]) -> None:
+    before = manifest.get("config", {})
+    for key in ("num_epochs", "max_train_steps"):
+        if config.to_dict().get(key) != before.get(key):
+            raise CheckpointError(
+                f"the run in {config.output_dir!r} is finished, with {key} {before.get(key)}; to "
+                f"train on with {key} {config.to_dict().get(key)}, give a new --output_dir and "
+                "--resume PATH of its last checkpoint"
+            )
+
+
+def _check_checkpoint(config: ExperimentConfig, path: Path) -> None:
+    state = path / "state.json"
+    if not state.is_file():
+        raise CheckpointError(
+            f"resume is {config.resume!r}: no complete checkpoint is there (it would hold a "
+            "state.json); give auto, never or a folder such as RUN/checkpoints/step-00000100"
+        )
+    _check_same_config(config, json.loads(state.read_text())["config"], str(path))
+
+
+def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], where: str) -> None:
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    keys = sorted((set(now) | set(before)) - MAY_CHANGE)
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in keys
+        if now.get(key) != before.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{where} belongs to a run with another configuration: {'; '.join(changed)}. "
+            "Nothing was changed; give a new --output_dir, or the same values to go on"
+        )
+
+
+def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
+    """The part of the manifest that is known before anything loads."""
+    return {
+        "made_by": MAKER,
+        "status": "running",
+        "config": json.loads(json.dumps(config.to_dict(), default=str)),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("preftune", "torch", "transformers", "accelerate")},
+        },
+        "host": {"platform": platform.platform(), "machine": platform.machine()},
+    }
+
+
+def remove_old_checkpoints(folder: RunFolder, keep: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints; None keeps all."""
+    if keep is None:
+        return
+    for path in folder.list_checkpoints()[:-keep]:
+        # Renamed first: a deletion that is cut off must not leave a folder that looks complete.
+        doomed = path.with_name(f".deleted-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,1 @@
+"""Tests; importable as `tests.tiny` and so on from the repository root."""

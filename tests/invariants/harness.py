@@ -1,0 +1,101 @@
+"""A short training on random pairs through the real step, sampler, batcher and optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from preftune.batching.sampler import PairSampler, split_micro_batches
+from preftune.config.training import TrainingConfig
+from preftune.distributed.runtime import Runtime
+from preftune.losses import DPOLossType, make_loss
+from preftune.metrics import MetricSums
+from preftune.model.forward import PolicyModel
+from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.reference.build import reference_logps
+from preftune.reference.store import ReferenceStore
+from preftune.training.optimizer import make_optimizer
+from preftune.training.step import TrainState, train_step
+from tests.examples import make_examples
+from tests.tiny import tiny_model
+
+
+@dataclass
+class Trace:
+    """What a short training did."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    """Before clipping."""
+    weights: torch.Tensor
+    moved: float
+    """Largest change of a weight."""
+
+
+def short_training(
+    cache: Path,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    optimizer: str,
+    learning_rate: float,
+    loss_type: str = "dpo",
+    num_pairs: int = 21,
+    num_epochs: int = 2,
+    make_objective: Callable[..., PreferenceObjective] = PreferenceObjective,
+    make_runtime: Callable[..., Runtime] = Runtime,
+) -> Trace:
+    """Train a tiny Llama from a perturbed policy and record every step.
+
+    The reference is the unperturbed model, so the loss is not at its constant and its gradient not
+    at its symmetric point, where many mistakes cancel.
+    """
+    runtime = make_runtime("fp32", 0)
+    examples = make_examples(num_pairs, seed=5)
+    policy = PolicyModel(tiny_model())
+    reference = reference_logps(
+        policy,
+        examples,
+        ReferenceStore(cache, "harness", {}),
+        layout="concatenated",
+        device=runtime.device,
+    ).sums
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    start = _flat(policy)
+    config = TrainingConfig(
+        optimizer=optimizer,  # type: ignore[arg-type]
+        learning_rate=learning_rate,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
+    state = TrainState(model, prepared, 0, 0, torch.zeros((), dtype=torch.int64), MetricSums())
+    batcher = PairBatcher(examples, reference, "concatenated", runtime.device)
+    objective = make_objective(make_loss(DPOLossType(loss_type)))
+    sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
+    trace = Trace([], [], start, 0.0)
+    for step in range(num_epochs * sampler.steps_per_epoch):
+        shares = split_micro_batches(sampler.batch(step), micro_batch)
+        train_step(
+            state,
+            [batcher(share) for share in shares],
+            objective,
+            runtime,
+            learning_rate=learning_rate,
+            max_grad_norm=None,
+        )
+        means = state.window.means(runtime.all_reduce)
+        state.window.clear()
+        trace.losses.append(means["loss"])
+        trace.grad_norms.append(means["grad_norm"])
+    trace.weights = _flat(policy)
+    trace.moved = float((trace.weights - start).abs().max())
+    return trace
+
+
+def _flat(policy: PolicyModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])

@@ -1,0 +1,133 @@
+"""config -> YAML -> config is an identity, and config -> dict -> config too."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preftune.config.experiment import ExperimentConfig
+from preftune.config.parser import parse_config
+from preftune.config.score import ScoreConfig
+from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+
+NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
+SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "polynomial", "wsd")
+
+# Text that YAML would read as something else, and text of any characters a path may hold.
+tricky = [
+    "no",
+    "null",
+    "~",
+    "5e-7",
+    "010",
+    "true",
+    "a: b",
+    "# c",
+    "- d",
+    "{e}",
+    "1:30",
+    " f ",
+    "é\n",
+    "a\x85b",
+]
+text = st.sampled_from(tricky) | st.text(min_size=1, max_size=12)
+fraction = st.floats(0, 1, exclude_min=True, exclude_max=True)
+positive = st.floats(0, 1e30, exclude_min=True)
+counts = st.integers(1, 10**9)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def given_or_not(**fields):
+    """Any subset of some settings."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def knob_values(name):
+    knob = KNOBS[name]
+    if knob.choices:
+        return st.sampled_from(knob.choices)
+    ends = {"exclude_min": knob.low_open, "exclude_max": knob.high_open}
+    return st.floats(max(knob.low, -1e9), min(knob.high, 1e9), **ends)
+
+
+losses = st.sampled_from(list(DPOLossType)).flatmap(
+    lambda loss: given_or_not(**{name: knob_values(name) for name in LOSS_SPECS[loss].knobs}).map(
+        lambda knobs: {"loss_type": loss.value, **knobs}
+    )
+)
+lengths = given_or_not(num_epochs=positive) | given_or_not(max_train_steps=counts)
+warmups = st.one_of(
+    given_or_not(lr_scheduler_type=st.sampled_from(SCHEDULES), warmup_ratio=fraction),
+    given_or_not(lr_scheduler_type=st.sampled_from(SCHEDULES), warmup_steps=st.integers(0, 99)),
+    st.just({"lr_scheduler_type": "constant"}),
+)
+optimizers = st.just({"optimizer": "sgd"}) | given_or_not(
+    adam_beta1=fraction, adam_beta2=fraction, adam_epsilon=positive
+)
+evaluations = st.one_of(
+    st.fixed_dictionaries({"test_size": fraction | counts}, optional={"eval_steps": counts}),
+    st.fixed_dictionaries(
+        {"eval_dataset": text},
+        optional={"eval_steps": fraction, "per_device_eval_batch_size": counts},
+    ),
+    given_or_not(eval_strategy=st.just("never")),
+)
+others = given_or_not(
+    model_revision=st.none() | text,
+    output_dir=text,
+    resume=text,
+    cache_dir=text,
+    seed=seeds,
+    data_seed=st.none() | seeds,
+    learning_rate=positive,
+    max_grad_norm=st.none() | positive | st.just(0),
+    weight_decay=positive,
+    column_map=st.none() | st.dictionaries(st.sampled_from(["prompt", "chosen"]), text),
+    max_length=st.none() | st.integers(2, 10**9),
+    checkpointing_steps=st.none() | st.just("epoch") | counts,
+    keep_last_n_checkpoints=st.none() | counts,
+    mixed_precision=st.sampled_from(["auto", "fp32", "bf16", "no"]),
+    shuffle=st.booleans(),
+    concatenated_forward=st.none() | st.booleans(),
+    progress=st.sampled_from(["auto", "rich", "plain", "none"]),
+)
+configs = st.tuples(losses, lengths, warmups, optimizers, evaluations, others).map(
+    lambda parts: ExperimentConfig(**NEEDED, **{k: v for part in parts for k, v in part.items()})
+)
+
+
+def reloaded(config):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        return parse_config(type(config), [str(path)])
+
+
+@settings(deadline=None, max_examples=150)
+@given(configs)
+def test_reading_back_what_was_written_is_the_identity(config):
+    assert reloaded(config) == config
+    assert ExperimentConfig(**config.to_dict()) == config
+    assert reloaded(config).to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize("loss", list(DPOLossType))
+def test_every_loss_reloads_with_only_its_own_knobs(loss):
+    config = ExperimentConfig(**NEEDED, loss_type=loss)
+    assert reloaded(config) == config
+    assert KNOBS.keys() & config.to_dict().keys() == LOSS_SPECS[loss].knobs.keys()
+
+
+def test_scoring_reloads_too():
+    for given_values in ({}, {"reference_model_name_or_path": "r", "output": "a.parquet"}):
+        config = ScoreConfig(**NEEDED, **given_values)
+        assert reloaded(config) == config
+
+
+def test_an_explicit_null_is_written_where_null_is_not_the_default():
+    config = ExperimentConfig(**NEEDED, max_grad_norm=0, max_length=None)
+    assert "max_grad_norm: null\n" in config.to_yaml()
+    assert "max_length: null\n" in config.to_yaml()
+    assert "data_seed" not in config.to_yaml()

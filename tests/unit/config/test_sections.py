@@ -1,0 +1,269 @@
+"""Each rule of the sections, by its effect."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from preftune.config.composed import ComposedConfig, sections
+from preftune.config.dataset import DatasetConfig
+from preftune.config.experiment import ExperimentConfig
+from preftune.config.model import ModelConfig
+from preftune.config.problem import InvalidConfig
+from preftune.config.score import ScoreConfig
+from preftune.config.training import TrainingConfig
+from preftune.errors import ConfigError
+from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+
+NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
+
+
+def make(**given):
+    return ExperimentConfig(**{**NEEDED, **given})
+
+
+def problem_keys(config, **given):
+    with pytest.raises(InvalidConfig) as caught:
+        config(**given)
+    assert [str(problem) for problem in caught.value.found] == caught.value.problems
+    return [problem.key for problem in caught.value.found]
+
+
+BAD = [
+    ({"model_name_or_path": None}, "model_name_or_path"),
+    ({"dataset_name": None}, "dataset_name"),
+    ({"seed": -1}, "seed"),
+    ({"data_seed": 2**32}, "data_seed"),
+    ({"chat_template": "chatlm"}, "chat_template"),
+    ({"beta": 0.0}, "beta"),
+    ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"loss_type": "simpo", "gamma_beta_ratio": -0.1}, "gamma_beta_ratio"),
+    ({"gamma_beta_ratio": 0.5}, "gamma_beta_ratio"),
+    ({"wpo_alignment": "none"}, "wpo_alignment"),
+    ({"forward_layout": "separate", "concatenated_forward": True}, "concatenated_forward"),
+    ({"forward_layout": "concatenated", "concatenated_forward": False}, "concatenated_forward"),
+    ({"num_epochs": 0.0}, "num_epochs"),
+    ({"max_train_steps": 0}, "max_train_steps"),
+    ({"num_epochs": 1.0, "max_train_steps": 5}, "num_epochs"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+    ({"per_device_eval_batch_size": 0, "test_size": 1}, "per_device_eval_batch_size"),
+    ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+    ({"learning_rate": 0.0}, "learning_rate"),
+    ({"learning_rate": -1e-6}, "learning_rate"),
+    ({"warmup_ratio": 1.0}, "warmup_ratio"),
+    ({"warmup_steps": -1}, "warmup_steps"),
+    ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio"),
+    ({"lr_scheduler_type": "constant", "warmup_ratio": 0.0}, "warmup_ratio"),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 0}, "warmup_steps"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"adam_beta1": 1.0}, "adam_beta1"),
+    ({"adam_beta2": -0.1}, "adam_beta2"),
+    ({"adam_epsilon": 0.0}, "adam_epsilon"),
+    ({"optimizer": "sgd", "adam_beta1": 0.9}, "adam_beta1"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm"),
+    ({"column_map": {"question": "prompt"}}, "column_map"),
+    ({"max_length": 1}, "max_length"),
+    ({"max_prompt_length": 0}, "max_prompt_length"),
+    ({"max_length": 100, "max_prompt_length": 101}, "max_prompt_length"),
+    ({"max_length": None, "truncation": "keep_end"}, "truncation"),
+    ({"max_dropped_fraction": 1.1}, "max_dropped_fraction"),
+    ({"test_size": 0}, "test_size"),
+    ({"test_size": 1.0}, "test_size"),
+    ({"test_size": 0.0}, "test_size"),
+    ({"test_size": 0.1, "eval_dataset": "e"}, "test_size"),
+    ({"max_train_samples": 0}, "max_train_samples"),
+    ({"logging_steps": 0}, "logging_steps"),
+    ({"checkpointing_steps": 0}, "checkpointing_steps"),
+    ({"keep_last_n_checkpoints": 0}, "keep_last_n_checkpoints"),
+    ({"eval_steps": 0, "test_size": 1}, "eval_steps"),
+    ({"eval_steps": 1.0, "test_size": 1}, "eval_steps"),
+    ({"eval_steps": 5}, "eval_steps"),
+    ({"eval_strategy": "epoch"}, "eval_strategy"),
+    ({"eval_strategy": "steps", "test_size": 1}, "eval_strategy"),
+    ({"eval_strategy": "epoch", "eval_steps": 5, "test_size": 1}, "eval_steps"),
+    ({"eval_strategy": "never", "eval_steps": 5, "test_size": 1}, "eval_steps"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"), BAD, ids=[f"{key}-{n}" for n, (_, key) in enumerate(BAD)]
+)
+def test_a_bad_value_is_the_one_problem_reported(given, key):
+    assert problem_keys(ExperimentConfig, **{**NEEDED, **given}) == [key]
+
+
+GOOD = [
+    {"max_length": 1024, "max_prompt_length": 1024},
+    {"max_length": None, "max_prompt_length": 99},
+    {"max_length": None, "max_prompt_length": 99, "truncation": "keep_start"},
+    {"test_size": 1},
+    {"test_size": 0.5, "eval_steps": 0.25},
+    {"eval_dataset": "e", "eval_strategy": "never"},
+    {"eval_strategy": "never"},
+    {"chat_template": "mine.jinja"},
+    {"chat_template": "zephyr"},
+    {"forward_layout": "separate", "concatenated_forward": False},
+    {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0},
+    {"checkpointing_steps": "epoch", "keep_last_n_checkpoints": None},
+    {"checkpointing_steps": None},
+    {"loss_type": "simpo", "gamma_beta_ratio": 0.0},
+    {"seed": 2**32 - 1, "data_seed": 0},
+]
+
+
+@pytest.mark.parametrize("given", GOOD, ids=str)
+def test_a_legal_value_is_kept(given):
+    config = make(**given)
+    assert {key: getattr(config, key) for key in given} == given
+
+
+WRONG_TYPES = [
+    ("learning_rate", "abc"),
+    ("learning_rate", True),
+    ("learning_rate", None),
+    ("learning_rate", float("nan")),
+    ("num_epochs", float("inf")),
+    ("seed", 1.0),
+    ("seed", True),
+    ("seed", "010"),
+    ("seed", "1:30"),
+    ("shuffle", 1),
+    ("shuffle", None),
+    ("output_dir", None),
+    ("output_dir", ""),
+    ("output_dir", 3),
+    ("loss_type", "dpoo"),
+    ("loss_type", "DPO"),
+    ("dtype", "float16"),
+    ("mixed_precision", False),
+    ("column_map", {"prompt": 1}),
+    ("column_map", "prompt"),
+    ("max_length", [1]),
+    ("checkpointing_steps", "epochs"),
+    ("test_size", "half"),
+    ("beta", {}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_TYPES, ids=str)
+def test_a_wrong_type_is_refused(key, value):
+    assert problem_keys(ExperimentConfig, **{**NEEDED, key: value}) == [key]
+
+
+def test_all_problems_come_at_once_and_none_that_only_follows_from_another():
+    given = {"num_epochs": "x", "max_train_steps": 5, "beta": -1.0, "optimizer": "adam"}
+    keys = problem_keys(ExperimentConfig, **NEEDED, **given, eval_dataset=3, eval_steps=5)
+    assert keys == ["num_epochs", "optimizer", "eval_dataset", "beta"]
+
+
+def test_the_error_is_a_config_error_with_every_problem_in_its_text():
+    with pytest.raises(ConfigError, match=r"(?s)2 problems:.*learning_rate is 'abc'.*beta is 0"):
+        make(learning_rate="abc", beta=0)
+
+
+@pytest.mark.parametrize("loss", list(DPOLossType))
+def test_knobs_take_the_defaults_of_their_loss_and_others_stay_unset(loss):
+    config = make(loss_type=loss.value)
+    assert config.loss_type is loss
+    assert config.loss_knobs == dict(LOSS_SPECS[loss].knobs)
+    assert config.needs_reference == LOSS_SPECS[loss].needs_reference
+    unread = KNOBS.keys() - LOSS_SPECS[loss].knobs.keys()
+    assert all(getattr(config, name) is None for name in unread)
+    assert unread.isdisjoint(config.to_dict())
+
+
+def test_what_is_left_unset_is_resolved():
+    config = make()
+    assert (config.num_epochs, config.max_train_steps) == (1.0, None)
+    assert (config.warmup_ratio, config.warmup_steps) == (0.1, None)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (config.layout, config.eval_strategy) == ("concatenated", "never")
+    assert (config.resolved_data_seed, config.eval_batch_size) == (42, 8)
+    assert make(max_train_steps=3).num_epochs is None
+    assert make(warmup_steps=3).warmup_ratio is None
+    assert make(lr_scheduler_type="constant").warmup_ratio is None
+    assert make(optimizer="sgd").adam_beta1 is None
+    assert make(test_size=1).eval_strategy == "epoch"
+    assert make(test_size=1, eval_steps=5).eval_strategy == "steps"
+    assert make(concatenated_forward=False).layout == "separate"
+    assert make(forward_layout="separate").layout == "separate"
+    assert make(data_seed=0).resolved_data_seed == 0
+    assert make(test_size=1, per_device_eval_batch_size=3).eval_batch_size == 3
+
+
+def test_spellings_of_one_value_are_equal():
+    assert make(max_grad_norm=0) == make(max_grad_norm=None) == make(max_grad_norm=0.0)
+    assert make(mixed_precision="no") == make(mixed_precision="fp32")
+    assert make(learning_rate="5e-7") == make(learning_rate=5e-7)
+    assert make(output_dir=Path("a/b")).output_dir == "a/b"
+    assert isinstance(make(learning_rate=1).learning_rate, float)
+
+
+def test_integers_and_fractions_stay_what_they_are():
+    assert isinstance(make(test_size=1).test_size, int)
+    assert isinstance(make(test_size="1").test_size, int)
+    assert isinstance(make(test_size=0.5, eval_steps="0.5").eval_steps, float)
+
+
+def test_global_batch_size_counts_all_devices():
+    config = make(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    assert config.global_batch_size(world_size=4) == 24
+
+
+def test_a_changed_copy_is_checked_again():
+    with pytest.raises(ConfigError, match="learning_rate"):
+        replace(make(), learning_rate=-1.0)
+
+
+def test_scoring_settings():
+    assert ScoreConfig(**NEEDED).beta is None
+    assert ScoreConfig(**NEEDED, reference_model_name_or_path="r").beta == 0.1
+    assert ScoreConfig(**NEEDED, forward_layout="separate").layout == "separate"
+    bad = {"beta": 0.1, "gradient_checkpointing": True, "disable_dropout": False, "output": "a.csv"}
+    bad |= {"per_device_eval_batch_size": 0}
+    assert sorted(problem_keys(ScoreConfig, **NEEDED, **bad)) == sorted(bad)
+    assert problem_keys(ScoreConfig, **NEEDED, beta=0.0, reference_model_name_or_path="r") == [
+        "beta"
+    ]
+    assert problem_keys(ScoreConfig) == ["model_name_or_path", "dataset_name"]
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(ComposedConfig, ModelConfig, TrainingConfig, DatasetConfig):
+    """Another experiment of the same sections."""
+
+    num_labels: int = 1
+    """Outputs of the head."""
+
+
+def test_sections_compose_into_another_experiment():
+    config = RewardModelConfig(**NEEDED, max_train_steps=3)
+    assert (config.num_epochs, config.num_labels, config.warmup_ratio) == (None, 1, 0.1)
+    assert next(iter(config.to_dict())) == "model_name_or_path"
+    assert list(config.to_dict())[-1] == "num_labels"
+    assert not hasattr(config, "loss_type")
+    keys = problem_keys(RewardModelConfig, learning_rate=-1.0, num_labels="x", max_length=0)
+    assert keys == [
+        "num_labels",
+        "model_name_or_path",
+        "learning_rate",
+        "dataset_name",
+        "max_length",
+    ]
+
+
+@pytest.mark.parametrize("config", [ExperimentConfig, ScoreConfig])
+def test_sections_share_no_name_by_which_one_would_hide_another(config):
+    shared = {"__post_init__", "problems"}
+    seen = {}
+    for section in sections(config):
+        own = [name for name in vars(section) if name not in shared and not name.startswith("__")]
+        for name in [*own, *section.__annotations__]:
+            assert seen.setdefault(name, section) is section, name
+
+
+def test_a_section_alone_resolves_and_reports():
+    section = TrainingConfig(warmup_ratio=2.0)
+    assert section.num_epochs == 1.0
+    assert [problem.key for problem in section.problems()] == ["warmup_ratio"]

@@ -1,0 +1,157 @@
+"""The store: what is reused, what is computed, and what happens after a kill or damage."""
+
+import numpy as np
+import pytest
+import torch
+
+from preftune.errors import CacheError
+from preftune.model.forward import PolicyModel, pair_logps
+from preftune.reference import build
+from preftune.reference.build import reference_logps
+from preftune.reference.fingerprints import completion_key, namespace_fields, namespace_key
+from preftune.reference.store import ReferenceStore
+from preftune.schema import Completion, TokenizedExample
+from tests.examples import make_examples
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def compute(root, examples, model=None, **options):
+    store = ReferenceStore(root, "ns", {"what": "test"})
+    policy = PolicyModel(tiny_model()) if model is None else model
+    return reference_logps(policy, examples, store, layout="concatenated", device=CPU, **options)
+
+
+def bytes_of(root) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (root / "reference" / "ns").glob("*.safetensors")}
+
+
+class CountingModel(PolicyModel):
+    """Counts forwards, and can fail at one of them as a kill would."""
+
+    def __init__(self, fail_at: int | None = None):
+        super().__init__(tiny_model())
+        self.num_forwards, self.fail_at = 0, fail_at
+
+    def forward(self, layout, with_alignment=False):
+        self.num_forwards += 1
+        if self.num_forwards == self.fail_at:
+            raise KeyboardInterrupt
+        return super().forward(layout, with_alignment)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(build, "MAX_TOKENS_PER_MICRO_BATCH", 200)
+    monkeypatch.setattr(build, "MICRO_BATCHES_PER_SHARD", 2)
+
+
+def test_values_are_those_of_the_model(tmp_path, small_shards):
+    examples = make_examples(9)
+    values = compute(tmp_path, examples)
+    policy = PolicyModel(tiny_model())
+    from preftune.batching.layout import build_layout
+
+    with torch.no_grad():
+        for row, example in zip(values.sums, examples, strict=True):
+            alone = pair_logps(policy, build_layout([example], "separate")).sums
+            assert torch.allclose(row, alone, atol=1e-4, rtol=1e-6)
+
+
+def test_a_second_pass_computes_nothing(tmp_path, small_shards):
+    first = compute(tmp_path, make_examples(9))
+    model = CountingModel()
+    second = compute(tmp_path, make_examples(9), model)
+    assert (first.num_computed, first.num_reused) == (18, 0)
+    assert (second.num_computed, second.num_reused) == (0, 18)
+    assert model.num_forwards == 0
+    assert torch.equal(first.sums, second.sums)
+
+
+def test_added_rows_are_the_only_ones_computed(tmp_path, small_shards):
+    examples = make_examples(12)
+    compute(tmp_path, examples[:9])
+    more = compute(tmp_path, examples)
+    assert (more.num_computed, more.num_reused) == (6, 18)
+
+
+def test_answers_that_repeat_are_computed_once(tmp_path):
+    examples = make_examples(3)
+    values = compute(tmp_path, [*examples, *examples])
+    assert values.num_computed == 6
+    assert torch.equal(values.sums[:3], values.sums[3:])
+
+
+@pytest.mark.parametrize("fail_at", [1, 3, 4])
+def test_a_killed_pass_ends_in_the_same_bytes(tmp_path, small_shards, fail_at):
+    examples = make_examples(9)
+    compute(tmp_path / "straight", examples)
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path / "killed", examples, CountingModel(fail_at))
+    compute(tmp_path / "killed", examples)
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "straight")
+
+
+def test_a_damaged_shard_is_named_and_never_replaced(tmp_path):
+    examples = make_examples(3)
+    compute(tmp_path, examples)
+    (shard,) = (tmp_path / "reference" / "ns").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(CacheError, match=f"{shard.name}.*damaged.*delete"):
+        compute(tmp_path, examples)
+
+
+def test_stored_tokens_add_up_to_the_sum(tmp_path):
+    examples = make_examples(2)
+    values = compute(tmp_path, examples)
+    entries = ReferenceStore(tmp_path, "ns", {}).read()
+    for row, example in zip(values.sums, examples, strict=True):
+        for total, completion in zip(row, example.completions, strict=True):
+            entry = entries[completion_key(example, completion)]
+            assert entry.per_token.shape == (len(completion.ids),)
+            assert entry.per_token.dtype == np.float32
+            assert entry.sum == total.item()
+            assert entry.per_token.astype(np.float64).sum() == pytest.approx(entry.sum, abs=1e-9)
+
+
+def test_the_boundary_is_part_of_the_key():
+    """[1, 2] + [3] and [1] + [2, 3] are the same sequence and different answers."""
+
+    def key(prompt, completion, scored=None):
+        answer = Completion(completion, scored)
+        example = TokenizedExample("r", prompt, (answer,), ("chosen",), "s", 0)
+        return completion_key(example, answer)
+
+    assert key((1, 2), (3,)) != key((1,), (2, 3))
+    assert key((1,), (2, 3)) != key((1,), (2, 3), (True, False))
+    assert key((1,), (2, 3)) == key((1,), (2, 3))
+
+
+def test_the_namespace_follows_content_not_names():
+    def space(model, precision="fp32", layout="concatenated"):
+        return namespace_key(
+            namespace_fields(PolicyModel(model), precision=precision, layout=layout)
+        )
+
+    base = space(tiny_model())
+    renamed = tiny_model()
+    renamed.config._name_or_path = "elsewhere"
+    assert space(renamed) == base
+    changed = tiny_model()
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1e-3
+    assert space(changed) != base
+    rope = tiny_model()
+    rope.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    assert space(rope) != base
+    assert space(tiny_model(), precision="bf16") != base
+    assert space(tiny_model(), layout="separate") != base
+    assert space(tiny_model().to(torch.bfloat16)) != base
+
+
+def test_an_unwritable_cache_is_an_error_with_a_remedy(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(CacheError, match="--cache_dir"):
+        ReferenceStore(blocked, "ns", {})

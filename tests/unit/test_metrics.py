@@ -1,0 +1,39 @@
+"""Running means add up however the things were dealt."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preftune.metrics import MetricSums
+
+
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=5), min_size=1, max_size=6))
+def test_the_mean_is_over_things_not_over_parts(parts):
+    sums = MetricSums()
+    for part in parts:
+        sums.add("x", torch.tensor(part, dtype=torch.float64).sum(), len(part))
+    values = [v for part in parts for v in part]
+    got = sums.means(same)["x"]
+    if values:
+        assert abs(got - sum(values) / len(values)) <= 1e-6 * max(1.0, abs(got))
+    else:
+        assert got != got  # nothing was counted: not a number, and not 0
+
+
+def test_a_snapshot_restores_the_same_bits():
+    sums = MetricSums()
+    sums.add("x", torch.tensor(1 / 3, dtype=torch.float64), 7)
+    other = MetricSums()
+    other.restore(sums.snapshot(), torch.device("cpu"))
+    assert other.means(same) == sums.means(same)
+    assert other.snapshot() == sums.snapshot()
+
+
+def test_ranks_add_sums_and_counts():
+    sums = MetricSums()
+    sums.add("x", 3.0, 1)
+    assert sums.means(lambda t: t + torch.tensor([[7.0, 4.0]]))["x"] == 2.0
