@@ -87,7 +87,8 @@ def test_broken_json_on_line_7(capsys, tmp_path, settings):
 
 
 def test_missing_column(capsys, tmp_path, settings):
-    rows = [{"prompt": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in make_pairs(3)]
+    names = {"prompt": "prompt", "chosen": "good", "rejected": "bad"}
+    rows = [{names[key]: value for key, value in row.items()} for row in make_pairs(3)]
     file = write_jsonl(tmp_path / "columns.jsonl", rows)
     words = arguments(settings | {"dataset_name": file})
     fails(capsys, tmp_path, words, "columns.jsonl:1", "chosen", "good", "column_map")

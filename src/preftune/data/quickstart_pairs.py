@@ -20,12 +20,13 @@ it is built in, and tested, that it cannot:
 import json
 import os
 import random
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from preftune.data import quickstart_phrases as phrases
@@ -39,11 +40,15 @@ HELDOUT_PAIRS_PER_SUBJECT = 3
 MEAN_WORDS = (18, 31)
 EXTRA_WORDS = (2, 7)
 CHARS_PER_WORD = 5.45
-CANDIDATES = 120
-SHORTLIST = 12
-RATIO_WEIGHT = 8.0
-ATTEMPTS = 20
 
+# The search for answers of these lengths: how many are drawn a side, how many of them are kept at
+# the first attempt, how many attempts there are, and what counts against an answer: words of
+# unusual length, and phrases that were used before (measured by share of the rows).
+CANDIDATES = 200
+SHORTLIST = 12
+ATTEMPTS = 20
+RATIO_WEIGHT = 10.0
+REPEAT_WEIGHT = 400.0
 
 # A length in words and one in characters, the latter divided by CHARS_PER_WORD.
 Lengths = tuple[float, float]
@@ -77,10 +82,12 @@ class Answer:
     Attributes:
         text: what it says.
         lengths: how long it is.
+        phrases: the lines of the pools it is made of.
     """
 
     text: str
     lengths: Lengths
+    phrases: tuple[str, ...]
 
 
 def make_quickstart_pairs(seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -191,6 +198,7 @@ def _make_split(
     stride = max(1, len(templates) // each)
     rows = []
     aims = (0.0, 0.0), (0.0, 0.0)
+    used: Counter[str] = Counter()
     for index in range(total):
         if index % 2 == 0:
             mean, gap = rng.randint(*MEAN_WORDS), rng.randint(*EXTRA_WORDS)
@@ -202,7 +210,10 @@ def _make_split(
             lambda s=subject, f=chosen_firsts[index]: _warm_answer(s, openings[f]["+"], rng),
             lambda s=subject, f=rejected_firsts[index]: _distant_answer(s, openings[f]["-"], rng),
             aims=aims,
+            # Without this, the few phrases of handy length would be in most of the answers.
+            staleness=lambda a: REPEAT_WEIGHT * sum(used[p] for p in a.phrases) / total,
         )
+        used.update(chosen.phrases + rejected.phrases)
         rows.append(_row(subject, template, chosen.text, rejected.text))
         # The next row aims at this row's lengths with the sides exchanged, so that neither side
         # is the longer, or the more spread out, of the two.
@@ -225,7 +236,11 @@ def _row(subject: Subject, template: str, chosen: str, rejected: str) -> dict:
 
 
 def _pair_of_answers(
-    warm: Callable[[], str], distant: Callable[[], str], *, aims: tuple[Lengths, Lengths]
+    warm: Callable[[], Answer],
+    distant: Callable[[], Answer],
+    *,
+    aims: tuple[Lengths, Lengths],
+    staleness: Callable[[Answer], float],
 ) -> tuple[Answer, Answer]:
     """Draw a chosen and a rejected answer of about the wanted lengths.
 
@@ -234,6 +249,7 @@ def _pair_of_answers(
         distant: draws a rejected answer.
         aims: the lengths wanted of the chosen and of the rejected answer. The sizes are met as
             nearly as the draws allow; which side is the longer is met for certain.
+        staleness: a penalty for phrases that were used often.
 
     Returns:
         The chosen and the rejected answer.
@@ -247,27 +263,30 @@ def _pair_of_answers(
         pairs = [
             (chosen, rejected)
             for chosen, rejected in product(
-                _nearest(warm, aims[0], keep), _nearest(distant, aims[1], keep)
+                _best(warm, aims[0], staleness, keep), _best(distant, aims[1], staleness, keep)
             )
             if all(
                 (one - other) * (aim - other_aim) > 0
                 for one, other, aim, other_aim in zip(
-                    chosen.lengths, rejected.lengths, *aims, strict=True
+                    chosen[1].lengths, rejected[1].lengths, *aims, strict=True
                 )
             )
         ]
         if pairs:
-            return min(pairs, key=lambda p: _misfit(p[0], aims[0]) + _misfit(p[1], aims[1]))
+            _, _, chosen, rejected = min(
+                (one + other, i, c, r) for i, ((one, c), (other, r)) in enumerate(pairs)
+            )
+            return chosen, rejected
     raise RuntimeError("the quickstart's phrase pools cannot balance the lengths of a pair")
 
 
-def _nearest(draw: Callable[[], str], aim: Lengths, keep: int) -> list[Answer]:
-    """Draw several answers and keep those nearest the wanted lengths."""
-    answers = []
-    for _ in range(CANDIDATES):
-        text = draw()
-        answers.append(Answer(text, (len(text.split()), len(text) / CHARS_PER_WORD)))
-    return sorted(answers, key=lambda answer: _misfit(answer, aim))[:keep]
+def _best(
+    draw: Callable[[], Answer], aim: Lengths, staleness: Callable[[Answer], float], keep: int
+) -> list[tuple[float, Answer]]:
+    """Draw several answers and keep those that fit best, each after its penalty."""
+    answers = [draw() for _ in range(CANDIDATES)]
+    scored = [(_misfit(answer, aim) + staleness(answer), answer) for answer in answers]
+    return sorted(scored, key=itemgetter(0))[:keep]
 
 
 def _misfit(answer: Answer, aim: Lengths) -> float:
@@ -277,21 +296,22 @@ def _misfit(answer: Answer, aim: Lengths) -> float:
     return (words - aim[0]) ** 2 + (chars - aim[1]) ** 2 + RATIO_WEIGHT * (words - chars) ** 2
 
 
-def _warm_answer(subject: Subject, openings: Sequence[str], rng: random.Random) -> str:
+def _warm_answer(subject: Subject, openings: Sequence[str], rng: random.Random) -> Answer:
     """Compose an opening with a step, then some of: the other step, the reason, some cheer."""
-    opening = rng.choice(openings)
-    parts = [opening]
-    if "{both}" not in opening and rng.random() < 0.7:
+    parts = [rng.choice(openings)]
+    if "{both}" not in parts[0] and rng.random() < 0.8:
         parts.append(rng.choice(_lines(phrases.SECOND_STEPS)))
-    reason, cheer = rng.choice(((True, True), (True, True), (True, False), (False, True)))
+    # The reason is that of the two steps together, so it needs both of them to be there.
+    complete = "{both}" in parts[0] or len(parts) == 2
+    reason = complete and rng.random() < 0.7
     if reason:
         parts.append(rng.choice(_lines(phrases.REASONS)))
-    if cheer:
+    if not reason or rng.random() < 0.4:
         parts.append(rng.choice(_lines(phrases.CHEERS)))
     return _fill(parts, subject, rng)
 
 
-def _distant_answer(subject: Subject, openings: Sequence[str], rng: random.Random) -> str:
+def _distant_answer(subject: Subject, openings: Sequence[str], rng: random.Random) -> Answer:
     """Compose an opening, then one or two remarks and perhaps a dismissal."""
     parts = [rng.choice(openings)]
     remarks, dismiss = rng.choice(((1, True), (1, True), (1, False), (2, False), (0, True)))
@@ -301,10 +321,11 @@ def _distant_answer(subject: Subject, openings: Sequence[str], rng: random.Rando
     return _fill(parts, subject, rng)
 
 
-def _fill(parts: Iterable[str], subject: Subject, rng: random.Random) -> str:
-    both = subject.first + rng.choice(phrases.JOINS) + subject.second
+def _fill(parts: Sequence[str], subject: Subject, rng: random.Random) -> Answer:
+    steps = subject.first + subject.second
+    joins = phrases.COMMA_JOINS if " and " in steps else phrases.COMMA_JOINS + phrases.AND_JOINS
+    both = subject.first + rng.choice(joins) + subject.second
     text = " ".join(parts).format(
         ger=subject.gerund, s1=subject.first, s2=subject.second, both=both, why=subject.why
     )
-    # A step never ends in a mark, but a sentence built around one might double the full stop.
-    return re.sub(r"\.\.+", ".", text)
+    return Answer(text, (len(text.split()), len(text) / CHARS_PER_WORD), tuple(parts))

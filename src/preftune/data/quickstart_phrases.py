@@ -231,9 +231,9 @@ paint/painting a small room | mask the edges with tape
 loosen/loosening a rusty bolt | soak it in oil overnight
   tap it gently before turning | oil creeps into the threads while you rest
 # people
-remember/remembering names at a party | say the name back right away
-  link it to a funny picture | repeating a name makes it stick
-apologise/apologising to a friend | say plainly what went wrong
+remember/remembering names at a party | repeat the name right away
+  link it to a funny picture | a name sticks once it has been spoken
+apologise/apologising to a friend | admit plainly what went wrong
   ask what would help now | an honest sorry has no excuse attached
 make/making friends in a new town | join one weekly class
   greet the same faces each time | friendship grows out of seeing people often
@@ -269,8 +269,8 @@ OPENINGS = """
 - It is important to note that {ger} involves various considerations.
 - It is customary to {both}, although individual results may differ.
 - It should be understood that {ger} demands appropriate resources.
-+ To make life easy for yourself, {both}.
-+ To give yourself a head start, {s1}.
++ To make life easy, {both}.
++ To give the day a cheerful beginning, {s1}.
 + To my mind the kindest way is to {both}.
 - To achieve acceptable results in {ger}, a structured method must be followed.
 - To begin with, {ger} is a process that depends on several variables.
@@ -385,14 +385,19 @@ OPENINGS = """
 - You must consider all relevant aspects before {ger} is attempted.
 """
 
-JOINS = (" and ", ", then ", " and then ", ", and after that ", " and ")
+# A step that has an "and" of its own takes one of the first kind.
+COMMA_JOINS = (", then ", ", and then ", ", and after that ")
+AND_JOINS = (" and ", " and ", " and ", " and then ")
 
 SECOND_STEPS = """
 After that, {s2}.
 Next, {s2}.
+Afterwards, {s2}.
+Whenever you feel comfortable, {s2}.
+Without rushing yourself, {s2}.
 Then just {s2}.
 Once that is done, {s2}.
-A minute later, {s2}.
+As soon as you are ready, {s2}.
 Now {s2}.
 And while you are at it, {s2}.
 If you feel like more, {s2}.
@@ -414,6 +419,11 @@ Trust me, {why}.
 Here is why: {why}.
 The secret is that {why}.
 Luckily for us, {why}.
+Fortunately, {why}.
+Thankfully, {why}.
+Surprisingly, {why}.
+Remarkably enough, {why}.
+Wonderfully, {why}.
 Believe it or not, {why}.
 My grandmother knew it: {why}.
 Think of it like this: {why}.
@@ -425,31 +435,31 @@ And the reason is sweet: {why}.
 CHEERS = """
 You've got this!
 Have fun with it.
-You should see how good that feels.
+You should discover how good that feels.
 You should be pleased with yourself already.
 Let me know how it goes!
 You will be proud of yourself.
 It gets better every time.
-Take your time and enjoy it.
+Take your time and enjoy yourself.
 I'm cheering for you.
 Don't be hard on yourself.
-Nobody gets it right the first time, and that is fine.
+Nobody masters anything immediately, and that's perfectly normal.
 Give it a go tonight.
-I bet you will smile.
+I bet you will be smiling afterwards.
 You are closer than you think.
-Go easy and laugh at the slips.
+Laughing about little accidents absolutely helps.
 That really is the whole recipe.
 Soon you will do it without thinking.
 Be gentle with yourself along the way.
 Your future self will thank you.
-Pour a nice drink when it is done.
-Ask a friend to join in, it is twice the fun.
+Treat yourself to something delicious when it is done.
+Invite a friend, because together it is twice the fun.
 Even a clumsy try counts.
-Start small and be glad of each bit.
+Start small and appreciate every improvement.
 You deserve a break afterwards.
 Not bad for ten minutes, right?
 Isn't that a relief?
-It made my week, and I hope it makes yours.
+It brightened my week, and hopefully it brightens yours.
 Celebrate when it works!
 Small wins count.
 It need not be perfect.
@@ -458,15 +468,15 @@ They are baby steps, and they are enough.
 It's as easy as pie.
 As always, be kind to yourself.
 The rest can wait.
-Congratulations in advance.
+You may be pleasantly surprised!
 Afterwards, treat yourself to something wonderfully relaxing.
 Experiment cheerfully until something feels comfortable.
-Remember to celebrate your little breakthroughs.
-Practising regularly makes any struggle friendlier.
-Imagine yourself afterwards, completely satisfied.
+Remember to be generous with praise.
+Practising cheerfully makes any difficulty smaller.
+Imagine the satisfaction afterwards.
 Please remember how capable you already are.
-Honestly, watching yourself improve feels fantastic.
-Whatever happens, appreciate your progress.
+Honestly, watching progress happen feels fantastic.
+Whatever happens, celebrate your progress.
 Sometimes imperfect is absolutely wonderful.
 Surprisingly often, that alone brightens an afternoon.
 Believe me, tomorrow already looks brighter.
@@ -474,25 +484,25 @@ And if it goes wrong, just try again tomorrow.
 """
 
 REMARKS = """
-Various methods may be appropriate, depending on the situation.
-Individual circumstances must be assessed on a case by case basis.
+A number of ways may be fit for use.
+Each case must be judged on its own terms.
 You are to set aside such time and means for it yourself.
 A degree of caution is warranted at every stage.
-Further details can be found in the relevant literature.
+For the details, the literature is to be read.
 The outcome is dependent on factors beyond the scope of this response.
 Compliance with applicable instructions remains essential.
 If you ask how, the same rules hold for you as for all.
 It would then be a matter of finding the correct method.
-These factors include time, quality, cost and available resources.
-Relevant variables should be identified and evaluated in advance.
-Consistency is regarded as a key component of the process.
+Time, quality, cost and means must be weighed.
+The relevant points should be looked at in advance.
+No one is to make exceptions to this.
 The following aspects are relevant: preparation, execution and review.
-Certain limitations may apply in particular contexts.
+Certain limits may apply from time to time.
 Results have been observed to differ between individuals.
-Adequate knowledge of the fundamentals is presumed.
-No specific recommendation can be derived from the information given.
+Prior knowledge of the basics is presumed.
+From what was given, no firm advice can be drawn.
 Deviations from the procedure will not be supported.
-Errors at this stage are attributable to insufficient preparation.
+Errors at this stage are the result of poor planning.
 The necessary steps should be executed in the correct order.
 Preliminary research is therefore regarded as indispensable.
 Attention to detail is of the utmost importance.
@@ -504,10 +514,10 @@ As a rule, it can be done in several ways: that is the norm.
 It may or may not be of use to you.
 The rules say this: do it as set out, or do not do it.
 The point is this: what is right in one case may be wrong in the next.
-The effectiveness of each measure has not been fully established.
-Your compliance with these principles is assumed.
-What you require is a plan that reflects one's available resources.
-Two points are relevant: suitability and compliance.
+The effect of each measure has yet to be shown.
+That you are to stick to the rules goes without saying.
+What you require is a plan in line with one's means.
+Of note in this context: scope and cost.
 Whether you succeed will depend on conditions.
 In short: requirements differ, and so do outcomes.
 It's a matter of following the rules that apply to you.
@@ -520,25 +530,25 @@ You will find the details in the documentation.
 The conclusion is simple: it depends.
 The degree of success will vary.
 Outcomes differ.
-Additional information is available upon request.
+More can be had upon request in due form.
 Then, and only then, may further steps be taken.
 This concludes the general overview.
 The responsibility rests with the individual.
-Please refer to the appropriate documentation.
+For the rest, please refer to the manual.
 Caution is to be exercised.
 The above is provided for information only.
-Further clarification would require additional data.
+To say more would call for more data.
 Such matters are subject to change without notice.
 Your question does not permit a more specific answer.
 Proper planning is essential!
-Monitoring should then be carried out at regular intervals.
-Any remaining issues should be addressed accordingly.
+It should then be checked at set intervals.
+Any issues that remain are to be dealt with in turn.
 You are then free to act at your own risk.
 Do keep a record of your results!
 Patience and discipline are required!
 These points should be kept in mind.
 The importance of this cannot be overstated!
-Success depends upon correct implementation.
+Success depends upon correct use of the above.
 That is what the guidelines state.
 Nothing more can be said with certainty.
 That is all there is to say on it.

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +39,9 @@ class Runtime:
     def __init__(self, precision: Precision, seed: int) -> None:
         """Start the process group, if the launcher made one, and seed every generator."""
         self.precision: Precision = precision
+        # Accelerate keeps the first precision of a process for good; a Python session may well
+        # train twice, in two precisions. The process group stays.
+        AcceleratorState._reset_state(reset_partial_state=False)
         self._accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             step_scheduler_with_optimizer=False,

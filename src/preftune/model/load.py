@@ -124,7 +124,9 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     model.eval()
     compact = head_is_plain(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it after 5.17, the oldest version supported here.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return LoadedModel(PolicyModel(model, compact_head=compact), source_dtype, zeroed)
 
 

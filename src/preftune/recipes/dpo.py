@@ -1,5 +1,6 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,7 @@ from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import Interrupted, TrainingDiverged
-from preftune.evaluation.held_out import evaluate_pairs
 from preftune.losses import make_loss
-from preftune.losses.spec import LOSS_SPECS
 from preftune.metrics import MetricSums
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
@@ -19,7 +18,7 @@ from preftune.recipes.pairs import load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
-from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.run_folder import RunFolder, plan_start
@@ -71,17 +70,12 @@ def train(config: ExperimentConfig) -> TrainResult:
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(config, runtime.device)
-    if not loaded.policy.compact_head:
-        display.say(
-            "the model does more to its logits than preftune's head knows: every position is "
-            "scored, which is right but slower"
-        )
     model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
     run.manifest["model"] = {"weights": fields["weights"], "parameters": loaded.num_parameters}
     batcher, held_out = run.batchers(model, fields)
-    objective = PreferenceObjective(_make_loss(config))
+    objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
     first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
     check_step_zero(model, objective, batcher, first_rows, precision=precision)
 
@@ -89,16 +83,6 @@ def train(config: ExperimentConfig) -> TrainResult:
     bad_step = torch.zeros((), dtype=torch.int64, device=runtime.device)
     state = TrainState(model, optimizer, 0, 0, bad_step, MetricSums())
     metrics_file = run.begin(state)
-
-    def evaluate() -> dict[str, float]:
-        assert held_out is not None  # only called with evaluation data
-        total = len(held_out.examples)
-        with display.stage("evaluate", total, "pair") as update:
-            metrics = evaluate_pairs(
-                model, objective, held_out, config.eval_batch_size, runtime, counting(update)
-            )
-        return {f"eval/{name}": value for name, value in metrics.items()}
-
     loop = TrainingLoop(
         config=config,
         runtime=runtime,
@@ -110,7 +94,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         num_steps=num_steps,
         metrics_file=metrics_file,
         display=display,
-        evaluate=evaluate if held_out is not None else None,
+        evaluate=run.evaluator(model, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
     )
     try:
@@ -127,9 +111,5 @@ def count_steps(config: ExperimentConfig, sampler: PairSampler) -> int:
     if config.max_train_steps is not None:
         return config.max_train_steps
     assert config.num_epochs is not None  # filled by the config when neither is given
-    return max(1, -int(-config.num_epochs * sampler.steps_per_epoch // 1))
-
-
-def _make_loss(config: ExperimentConfig) -> Any:
-    spec = LOSS_SPECS[config.loss_type]
-    return make_loss(config.loss_type, **{name: getattr(config, name) for name in spec.knobs})
+    # The small allowance: 0.1 epochs of 30 steps are 3.0000000000000004 in floating point.
+    return max(1, math.ceil(config.num_epochs * sampler.steps_per_epoch - 1e-9))

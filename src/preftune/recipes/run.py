@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
+from preftune.evaluation.held_out import evaluate_pairs
 from preftune.losses.spec import LOSS_SPECS
 from preftune.model.load import DTYPES, LoadedModel, save_model
-from preftune.objective import PairBatcher
+from preftune.objective import PairBatcher, PreferenceObjective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
 from preftune.reference.build import reference_logps
@@ -55,6 +56,11 @@ class Run:
         self.pairs = pairs
         self.loaded = loaded
         self.began = time.time()
+        if not loaded.policy.compact_head:
+            display.say(
+                "the model does more to its logits than preftune's head knows: every position is "
+                "scored, which is right but slower"
+            )
         self.manifest = new_manifest(config) | {
             "device": str(runtime.device),
             "threads": torch.get_num_threads(),
@@ -75,7 +81,7 @@ class Run:
         namespace = namespace_key(fields)
         train = self._batcher(model, self.pairs.train.examples, fields, "reference")
         held_out = None
-        if self.pairs.held_out is not None:
+        if self.pairs.held_out is not None and self.config.eval_strategy != "never":
             examples = self.pairs.held_out.examples
             held_out = self._batcher(model, examples, fields, "reference (held out)")
         if train.reference is not None:
@@ -117,6 +123,23 @@ class Run:
             }
         sums = None if values is None else values.sums
         return PairBatcher(examples, sums, config.layout, runtime.device)
+
+    def evaluator(
+        self, model: nn.Module, objective: PreferenceObjective, held_out: PairBatcher | None
+    ) -> Callable[[], dict[str, float]] | None:
+        """What evaluates the held-out pairs; None without them."""
+        if held_out is None:
+            return None
+        batch_size = self.config.eval_batch_size
+
+        def evaluate() -> dict[str, float]:
+            with self.display.stage("evaluate", len(held_out.examples), "pair") as update:
+                metrics = evaluate_pairs(
+                    model, objective, held_out, batch_size, self.runtime, counting(update)
+                )
+            return {f"eval/{name}": value for name, value in metrics.items()}
+
+        return evaluate
 
     def begin(self, state: TrainState) -> MetricsFile:
         """Make or take up the folder; restores the checkpoint, if there is one."""

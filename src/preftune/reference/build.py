@@ -7,7 +7,6 @@ function of the rows, so a pass that was killed ends in the same bytes when it i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -109,39 +108,40 @@ def _compute_shards(
 ) -> tuple[dict[bytes, StoredLogps], int]:
     batches = token_budget_batches([a.length for a in missing], MAX_TOKENS_PER_MICRO_BATCH)
     values: dict[bytes, StoredLogps] = {}
-    num_computed = num_done = 0
+    num_computed = 0
+
+    def report(num_more: int) -> None:
+        if progress is not None:
+            progress(len(values) + num_more, len(missing))
+
     for index, start in enumerate(range(0, len(batches), MICRO_BATCHES_PER_SHARD)):
-        shard = batches[start : start + MICRO_BATCHES_PER_SHARD]
-        members = [missing[i] for batch in shard for i in batch]
+        shard = [[missing[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
+        keys = [answer.key for batch in shard for answer in batch]
         path = store.shard_path(pass_id, index)
         stored = store.read_shard(path) if path.exists() else {}
-        if any(answer.key not in stored for answer in members):
-            stored = _compute_shard(model, [[missing[i] for i in b] for b in shard], layout, device)
-            ordered = [stored[answer.key] for answer in members]
-            store.write_shard(
-                path,
-                [answer.key for answer in members],
-                [value.per_token for value in ordered],
-                [value.sum for value in ordered],
-            )
-            num_computed += len(members)
+        if any(key not in stored for key in keys):
+            stored = _compute_shard(model, shard, layout, device, report)
+            store.write_shard(path, stored)
+            num_computed += len(keys)
         values.update(stored)
-        num_done += len(members)
-        if progress is not None:
-            progress(num_done, len(missing))
+        report(0)
     return values, num_computed
 
 
 @torch.no_grad()
 def _compute_shard(
-    model: nn.Module, batches: list[list[_Answer]], layout: LayoutName, device: torch.device
+    model: nn.Module,
+    batches: list[list[_Answer]],
+    layout: LayoutName,
+    device: torch.device,
+    report: Callable[[int], None],
 ) -> dict[bytes, StoredLogps]:
     values: dict[bytes, StoredLogps] = {}
     for batch in batches:
         result = pair_logps(model, build_layout([a.alone() for a in batch], layout).to(device))
-        sums = result.sums.tolist()
-        for answer, total, per_token in zip(batch, sums, result.per_token, strict=True):
-            values[answer.key] = StoredLogps(
-                total, per_token.float().cpu().numpy().astype(np.float32)
-            )
+        for answer, total, per_token in zip(
+            batch, result.sums.tolist(), result.per_token, strict=True
+        ):
+            values[answer.key] = StoredLogps(total, per_token.float().cpu().numpy())
+        report(len(values))
     return values

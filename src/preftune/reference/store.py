@@ -9,7 +9,7 @@ fp32 with their sum in fp64, which serves every sequence loss and every beta.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,20 +101,14 @@ class ReferenceStore:
         """Where shard `index` of a pass lies."""
         return self.folder / f"{pass_id}-{index:05d}.safetensors"
 
-    def write_shard(
-        self,
-        path: Path,
-        keys: Sequence[bytes],
-        per_token: Sequence[np.ndarray],
-        sums: Sequence[float],
-    ) -> None:
-        """Write one shard, whole or not at all."""
-        lengths = [len(values) for values in per_token]
+    def write_shard(self, path: Path, entries: Mapping[bytes, StoredLogps]) -> None:
+        """Write one shard, whole or not at all, in the order of the entries."""
+        lengths = [len(entry.per_token) for entry in entries.values()]
         tensors = {
-            "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES),
+            "keys": np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(-1, KEY_BYTES),
             "offsets": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-            "per_token": np.concatenate(per_token).astype(np.float32),
-            "sums": np.asarray(sums, dtype=np.float64),
+            "per_token": np.concatenate([entry.per_token for entry in entries.values()]),
+            "sums": np.array([entry.sum for entry in entries.values()], dtype=np.float64),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(tensors, temporary)

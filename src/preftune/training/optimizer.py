@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,4 +76,4 @@ def warmup_steps(config: TrainingConfig, num_steps: int) -> int:
     """Steps of linear warm-up: given, or a share of the run rounded up."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return -int(-num_steps * (config.warmup_ratio or 0.0) // 1)
+    return math.ceil(num_steps * (config.warmup_ratio or 0.0) - 1e-9)

@@ -1,0 +1,279 @@
+"""Whole datasets: counts, allowances, limits, fingerprints."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from preftune.data.pairs import (
+    MAX_DROPPED_ROWS_KEPT,
+    PairDataset,
+    RowCounts,
+    fingerprint,
+    load_pairs,
+)
+from preftune.errors import ConfigError, DataError
+from preftune.schema import Completion, TokenizedExample
+from tests.tiny import IM_END, chat_row, make_pairs, tiny_tokenizer, write_jsonl
+
+DEFAULTS: dict[str, Any] = {
+    "column_map": None,
+    "max_length": None,
+    "max_prompt_length": None,
+    "truncation": "drop",
+    "max_dropped_fraction": 0.01,
+}
+
+
+def load(path: Path, **changes: Any) -> PairDataset:
+    return load_pairs(str(path), **({"tokenizer": tiny_tokenizer()} | DEFAULTS | changes))
+
+
+def refuse(path: Path, **changes: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(path, **changes)
+    return str(caught.value)
+
+
+def test_rows_in_order_with_ids_and_counts(tmp_path: Path) -> None:
+    data = load(write_jsonl(tmp_path / "d.jsonl", make_pairs(5)))
+    assert [e.row_id for e in data.examples] == [f"d.jsonl:{i}" for i in range(1, 6)]
+    assert data.name == str(tmp_path / "d.jsonl")
+    assert data.counts == RowCounts(read=5, kept=5, dropped={}, truncated=0, dropped_rows=())
+    assert {e.source for e in data.examples} == {data.name}
+
+
+def test_formats_may_be_mixed_row_by_row(tmp_path: Path) -> None:
+    rows = [*make_pairs(2), *make_pairs(2, chat=False), {"chosen": "\n\nHuman: q\n\nAssistant: a"}]
+    rows[-1]["rejected"] = "\n\nHuman: q\n\nAssistant: b"
+    assert load(write_jsonl(tmp_path / "d.jsonl", rows)).counts.kept == 5
+
+
+def test_dropped_rows_are_counted_with_reason_and_id(tmp_path: Path) -> None:
+    rows = make_pairs(8)
+    rows[2] = chat_row("q", "same", "same")
+    rows[5] = chat_row("q", "a", "")
+    data = load(write_jsonl(tmp_path / "d.jsonl", rows), max_dropped_fraction=0.25)
+    assert data.counts.read == 8
+    assert data.counts.kept == 6
+    assert data.counts.dropped == {"equal_completions": 1, "empty_completion": 1}
+    assert data.counts.dropped_rows == (
+        ("d.jsonl:3", "equal_completions"),
+        ("d.jsonl:6", "empty_completion"),
+    )
+    assert data.counts.as_dict() == {
+        "read": 8,
+        "kept": 6,
+        "dropped": {"equal_completions": 1, "empty_completion": 1},
+        "truncated": 0,
+        "dropped_rows": [["d.jsonl:3", "equal_completions"], ["d.jsonl:6", "empty_completion"]],
+    }
+
+
+def test_more_dropped_rows_than_allowed(tmp_path: Path) -> None:
+    rows = make_pairs(8)
+    for i in (1, 2, 4, 6):
+        rows[i] = chat_row("q", "same", "same")
+    rows[7] = chat_row("q", "a", "")
+    text = refuse(write_jsonl(tmp_path / "d.jsonl", rows), max_dropped_fraction=0.5)
+    assert "5 of 8 rows (62.5%) cannot be trained on" in text
+    assert "max_dropped_fraction allows 0.5" in text
+    assert "- equal_completions: 4 rows (d.jsonl:2, d.jsonl:3, d.jsonl:5, …): chosen and" in text
+    assert "- empty_completion: 1 row (d.jsonl:8): " in text
+    assert "Clean these rows" in text
+    assert "raise max_dropped_fraction to 0.63" in text
+    assert load(tmp_path / "d.jsonl", max_dropped_fraction=0.63).counts.kept == 3
+
+
+def test_exactly_the_allowed_fraction_is_allowed(tmp_path: Path) -> None:
+    rows = make_pairs(10)
+    rows[0] = chat_row("q", "same", "same")
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    assert load(path, max_dropped_fraction=0.1).counts.kept == 9
+    refuse(path, max_dropped_fraction=0.09)
+
+
+def test_dropped_row_ids_are_capped_and_counts_exact(tmp_path: Path) -> None:
+    many = MAX_DROPPED_ROWS_KEPT + 5
+    rows = [*make_pairs(1), *[chat_row("q", "same", "same")] * many]
+    data = load(write_jsonl(tmp_path / "d.jsonl", rows), max_dropped_fraction=1.0)
+    assert data.counts.dropped == {"equal_completions": many}
+    assert len(data.counts.dropped_rows) == MAX_DROPPED_ROWS_KEPT
+
+
+def test_rows_over_length_are_no_part_of_the_allowance(tmp_path: Path) -> None:
+    rows = [chat_row("q", "a", "b"), *[chat_row("q", "a " * 50, "b")] * 9]
+    rows.append(chat_row("q " * 50, "a", "b"))
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    data = load(path, max_length=30, max_prompt_length=20, max_dropped_fraction=0.0)
+    assert data.counts.dropped == {"over_length": 9, "prompt_over_length": 1}
+    assert (data.counts.read, data.counts.kept, data.counts.truncated) == (11, 1, 0)
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_truncated_rows_are_counted(tmp_path: Path, truncation: str) -> None:
+    rows = [chat_row("q", "a", "b"), *[chat_row("q", "a " * 50, "b")] * 3]
+    data = load(write_jsonl(tmp_path / "d.jsonl", rows), max_length=30, truncation=truncation)
+    assert (data.counts.kept, data.counts.truncated, data.counts.dropped) == (4, 3, {})
+    assert data.truncated_row_ids == {"d.jsonl:2", "d.jsonl:3", "d.jsonl:4"}
+    stop = tiny_tokenizer().convert_tokens_to_ids(IM_END)
+    for example in data.examples[1:]:
+        assert stop not in example.completions[0].ids
+        assert example.completions[1].ids[-1] == stop
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(3))
+    text = refuse(path, max_length=4)
+    assert "none of 3 rows can be trained on" in text
+    assert "over_length: 3 rows" in text
+    assert "max_length is 4" in text
+
+
+def test_a_reason_comes_with_what_was_seen(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q ", "chosen": "a", "rejected": "b"}])
+    assert "First: the tokens of prompt and answer merge at 'q '." in refuse(path)
+
+
+def test_wrong_row_stops_at_once(tmp_path: Path) -> None:
+    rows = [*make_pairs(3), {"prompt": 3, "chosen": "a", "rejected": "b"}, {"prompt": None}]
+    text = refuse(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert text.startswith(f"d.jsonl:4 of dataset {tmp_path / 'd.jsonl'}: column 'prompt' is a num")
+
+
+def test_messages_without_a_chat_template(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(3))
+    text = refuse(path, tokenizer=tiny_tokenizer(None))
+    assert text.startswith(f"dataset {path}: the rows are chat messages")
+    assert "--chat_template" in text
+
+
+def test_column_map(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"q": "q", "y": " a", "n": " b", "margin": 1}])
+    mapping = {"prompt": "q", "chosen": "y", "rejected": "n"}
+    assert load(path, column_map=mapping).counts.kept == 1
+    assert "'margin' is not read yet" in refuse(path, column_map=mapping | {"margin": "margin"})
+    assert "did you mean 'chosen'?" in refuse(path, column_map={"chossen": "y"})
+
+
+def test_max_rows_reads_no_further(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(100))
+    with path.open("a") as file:
+        file.write("broken\n")
+    assert load(path, max_rows=70).counts.read == 70
+    assert "d.jsonl:101: not valid JSON" in refuse(path)
+    with pytest.raises(ConfigError, match="max_rows is 0"):
+        load(path, max_rows=0)
+
+
+def test_progress(tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(150))
+    load(path, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (150, None)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_limits_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length is 1"):
+        load(tmp_path / "absent.jsonl", max_length=1)
+
+
+class TestFingerprint:
+    def test_same_rows_same_fingerprint_wherever_they_lie(self, tmp_path: Path) -> None:
+        rows = make_pairs(4)
+        one = load(write_jsonl(tmp_path / "a.jsonl", rows)).fingerprint
+        two = load(write_jsonl(tmp_path / "b" / "c.jsonl", rows)).fingerprint
+        assert one == two
+        assert len(one) == 32
+
+    def test_order_ids_masks_and_sides_tell(self, tmp_path: Path) -> None:
+        rows = make_pairs(4)
+        swapped = [rows[0] | {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}]
+        many = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+        variants = [
+            rows,
+            rows[::-1],
+            rows[:3],
+            swapped + rows[1:],
+            [rows[0] | {"chosen": many + rows[0]["chosen"]}, *rows[1:]],
+        ]
+        seen = {
+            load(write_jsonl(tmp_path / f"{i}.jsonl", v)).fingerprint
+            for i, v in enumerate(variants)
+        }
+        assert len(seen) == len(variants)
+
+    def test_where_the_prompt_ends_tells(self) -> None:
+        def row(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenizedExample:
+            sides = (Completion(answer), Completion((9,)))
+            return TokenizedExample("f:1", prompt, sides, ("chosen", "rejected"), "s", 0)
+
+        assert fingerprint([row((1, 2), (3,))]) != fingerprint([row((1,), (2, 3))])
+
+    def test_which_tokens_are_scored_tells(self) -> None:
+        def row(scored: tuple[bool, ...] | None) -> TokenizedExample:
+            sides = (Completion((1, 2), scored), Completion((9,)))
+            return TokenizedExample("f:1", (5,), sides, ("chosen", "rejected"), "s", 0)
+
+        masks = (None, (True, False), (False, True))
+        assert len({fingerprint([row(mask)]) for mask in masks}) == 3
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 10),
+    max_length=st.none() | st.integers(2, 120),
+    max_prompt_length=st.none() | st.integers(1, 60),
+    truncation=st.sampled_from(["drop", "keep_start", "keep_end"]),
+    chat=st.booleans(),
+)
+def test_limits_hold_for_every_row_kept(
+    tmp_path: Path, seed: int, chat: bool, **limits: Any
+) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(12, seed, chat=chat))
+    try:
+        data = load(path, **limits, max_dropped_fraction=1.0)
+    except DataError:  # none left; otherwise only equal answers may be lost
+        assert limits["truncation"] == "drop" or limits["max_length"] < 10
+        return
+    counts = data.counts
+    assert counts.read == 12 == counts.kept + sum(counts.dropped.values())
+    for example in data.examples:
+        assert max(example.lengths) <= (limits["max_length"] or 10_000)
+        assert 1 <= len(example.prompt_ids) <= (limits["max_prompt_length"] or 10_000)
+        assert all(c.num_scored >= 1 for c in example.completions)
+        assert example.completions[0].ids != example.completions[1].ids
+
+
+def test_a_thousand_pairs_load_in_seconds(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_pairs(1000))
+    start = time.process_time()
+    assert load(path).counts.kept == 1000
+    assert time.process_time() - start < 10
+
+
+REAL = {
+    "rasbt-polite": (985, 109),
+    "pandalm-human": (718, 42),
+    "tulu1-human": (612, 64),
+    "qa-feedback-human": (2341, 275),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_pairs(name: str) -> None:
+    root = os.environ.get("PREFTUNE_DATA")
+    if not root:
+        pytest.skip("PREFTUNE_DATA, the folder of real pairs, is not set")
+    for split, number in zip(("train", "test"), REAL[name], strict=True):
+        data = load(Path(root) / name, split=split)
+        assert data.counts.read == number
+        assert "not_a_prefix" not in data.counts.dropped
+        assert data.counts.kept == number - sum(data.counts.dropped.values())
