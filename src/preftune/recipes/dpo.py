@@ -51,6 +51,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     start = plan_start(config)
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
+    runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if start.kind == "finished":
         display.say(f"the run in {start.folder.root} is finished; nothing to do")
@@ -74,7 +75,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
     run.manifest["model"] = {"weights": fields["weights"], "parameters": loaded.num_parameters}
-    batcher, held_out = run.batchers(model, fields)
+    batcher, held_out = run.batchers(fields)
     objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
     first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
     check_step_zero(model, objective, batcher, first_rows, precision=precision)

@@ -74,23 +74,20 @@ class Run:
             "data": _describe_data(pairs),
         }
 
-    def batchers(
-        self, model: nn.Module, fields: dict[str, Any]
-    ) -> tuple[PairBatcher, PairBatcher | None]:
+    def batchers(self, fields: dict[str, Any]) -> tuple[PairBatcher, PairBatcher | None]:
         """Training and held-out pairs with their reference values."""
         namespace = namespace_key(fields)
-        train = self._batcher(model, self.pairs.train.examples, fields, "reference")
+        train = self._batcher(self.pairs.train.examples, fields, "reference")
         held_out = None
         if self.pairs.held_out is not None and self.config.eval_strategy != "never":
             examples = self.pairs.held_out.examples
-            held_out = self._batcher(model, examples, fields, "reference (held out)")
+            held_out = self._batcher(examples, fields, "reference (held out)")
         if train.reference is not None:
             self.manifest["reference_namespace"] = namespace
         return train, held_out
 
     def _batcher(
         self,
-        model: nn.Module,
         examples: Sequence[TokenizedExample],
         fields: dict[str, Any],
         stage: str,
@@ -99,14 +96,15 @@ class Run:
         values = None
         if LOSS_SPECS[config.loss_type].needs_reference:
             store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
-            model.eval()
-            # Rank 0 scores what is missing; the others then find it in the store.
+            # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
+            # forward would wait for the other ranks; they then find the values in the store.
+            policy = self.loaded.policy.eval()
             with (
                 runtime.main_first(),
                 self.display.stage(stage, 2 * len(examples), "answer") as update,
             ):
                 values = reference_logps(
-                    model,
+                    policy,
                     examples,
                     store,
                     layout=config.layout,

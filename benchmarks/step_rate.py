@@ -1,0 +1,138 @@
+"""How fast a training step is, against the matrix-product rate of the same machine.
+
+    make bench
+    python benchmarks/step_rate.py --layers 30 --pairs 8 --repeats 5 --precision bf16
+
+A model of SmolLM2-135M's shape with random weights (speed does not depend on their values) trains
+on pairs of random tokens. The layouts take turns inside one process, so that a noisy machine slows
+them alike; medians of process CPU time are compared, and the share of the physical limit is the
+arithmetic of the step over the measured rate of plain matrix products in the same precision.
+"""
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from preftune.batching.layout import build_layout
+from preftune.losses import DPO
+from preftune.model.forward import PolicyModel
+from preftune.objective import MicroBatch, PreferenceObjective
+from preftune.schema import Completion, TokenizedExample
+
+LAYOUTS = ("concatenated", "separate")
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    torch.manual_seed(0)
+    model = make_model(options.layers)
+    examples = make_examples(options)
+    objective = PreferenceObjective(DPO(beta=0.1))
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext()
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    for repeat in range(options.repeats + 1):
+        for name in LAYOUTS:
+            layout = build_layout(examples, name)
+            batch = MicroBatch(layout, len(examples), torch.zeros(len(examples), 2).double())
+            began = time.process_time()
+            with autocast:
+                output = objective(model, batch)
+            (output.loss_sum / len(examples)).backward()
+            model.zero_grad(set_to_none=True)
+            if repeat:  # the first round warms up
+                seconds[name].append(time.process_time() - began)
+    rate = matmul_flops_per_cpu_second(options.precision)
+    print(f"threads {torch.get_num_threads()}  torch {torch.__version__}  {options}")
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP per CPU second")
+    for name in LAYOUTS:
+        median = statistics.median(seconds[name])
+        share = step_flops(model, build_layout(examples, name)) / median / rate
+        print(
+            f"{name:13} {median:8.3f} CPU s a step  {len(examples) / median:6.2f} pairs per CPU s  "
+            f"{share:5.0%} of the matrix-product rate"
+        )
+    ratio = statistics.median(
+        a / b for a, b in zip(seconds["separate"], seconds["concatenated"], strict=True)
+    )
+    print(f"separate / concatenated, median of pairs of runs: {ratio:.2f}")
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=30, help="30 is SmolLM2-135M")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=60, help="tokens")
+    parser.add_argument("--chosen", type=int, default=90, help="tokens")
+    parser.add_argument("--rejected", type=int, default=50, help="tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    return parser.parse_args()
+
+
+def make_model(layers: int) -> PolicyModel:
+    """A random Llama of SmolLM2-135M's width."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return PolicyModel(LlamaForCausalLM(config))
+
+
+def make_examples(options: argparse.Namespace) -> list[TokenizedExample]:
+    """Pairs of random tokens of the given lengths."""
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(49152, (length,)).tolist())
+
+    return [
+        TokenizedExample(
+            f"row-{i}",
+            ids(options.prompt),
+            (Completion(ids(options.chosen)), Completion(ids(options.rejected))),
+            ("chosen", "rejected"),
+            "random",
+            i,
+        )
+        for i in range(options.pairs)
+    ]
+
+
+def step_flops(model: PolicyModel, layout) -> float:
+    """Arithmetic that the step needs on its real tokens: 6 per weight and token; no padding.
+
+    Attention's own products are left out: they are a few percent at these lengths.
+    """
+    head = model.model.get_output_embeddings().weight.numel()
+    backbone = sum(p.numel() for p in model.parameters()) - head  # the tied embedding counts once
+    scored = sum(sum(block.num_scored) for block in layout.blocks)
+    return 6.0 * (backbone * layout.num_tokens + head * scored)
+
+
+def matmul_flops_per_cpu_second(precision: str) -> float:
+    """Rate of the model's own kind of product, the median of several."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    rates = []
+    for _ in range(7):
+        began = time.process_time()
+        for _ in range(20):
+            a @ b
+        rates.append(20 * 2 * 1024 * 576 * 1536 / (time.process_time() - began))
+    return statistics.median(rates)
+
+
+if __name__ == "__main__":
+    main()

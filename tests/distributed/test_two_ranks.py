@@ -1,0 +1,38 @@
+"""Two processes train to the numbers of one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from preftune import train
+from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("num_pairs", [21, 17])
+def test_two_ranks_equal_one(tmp_path, num_pairs):
+    """21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""
+    options = {"max_train_samples": num_pairs, "gradient_accumulation_steps": 1}
+    one = {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}
+    train(tiny_config(tmp_path, **options, **one))
+    two = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    settings = tiny_settings(tmp_path, **options, **two, cache_dir=tmp_path / "cache-of-two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
+    result = subprocess.run(
+        [*launch, "-m", "preftune", "train", *arguments(settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert len(first) == len(second) == 6
+    for expected, got in zip(first, second, strict=True):
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
