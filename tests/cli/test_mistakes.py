@@ -159,3 +159,17 @@ def test_a_manifest_of_something_else(capsys, tmp_path, settings):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"name": "another tool"}))
     fails(capsys, tmp_path, arguments(settings), "not written by preftune", "--output_dir")
+
+
+def test_rows_longer_than_the_models_positions(capsys, tmp_path, settings):
+    rows = [*make_pairs(8), *make_pairs(1, completion_words=(600, 600))]
+    file = write_jsonl(tmp_path / "long.jsonl", rows)
+    words = arguments(settings | {"dataset_name": file})
+    fails(capsys, tmp_path, words, "long.jsonl:9", "512 positions", "--max_length 512")
+
+
+def test_a_tokenizer_of_another_model(capsys, tmp_path, settings):
+    config_file = tmp_path / "model" / "config.json"
+    config = json.loads(config_file.read_text()) | {"vocab_size": 200}
+    config_file.write_text(json.dumps(config))
+    fails(capsys, tmp_path, arguments(settings), "only 200 tokens", "tokenizer_name_or_path")

@@ -126,3 +126,14 @@ def test_a_damaged_checkpoint_is_named(straight):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="step-00000002 is damaged"):
         train(settings(straight, output_dir=target))
+
+
+def test_dropout_goes_on_with_the_same_random_numbers(tmp_path):
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    tiny_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    train(settings(tmp_path, disable_dropout=False))
+    stop_after(tmp_path, 4, tmp_path / "stopped")
+    train(settings(tmp_path, disable_dropout=False, output_dir=tmp_path / "stopped"))
+    assert_same_run(tmp_path / "run", tmp_path / "stopped")

@@ -17,8 +17,8 @@ class PairsConfig(Section):
     """Reading pairs: training and scoring need the same."""
 
     dataset_name: str | None = None
-    """The pairs: a .json, .jsonl or .parquet file, a folder, or a dataset's name on the Hugging
-    Face Hub. Required."""
+    """The pairs: a .jsonl, .json, .parquet or .csv file, a folder, or a dataset's name on the
+    Hugging Face Hub. Required."""
 
     dataset_split: str = "train"
     """The split to read, where the dataset has several."""
@@ -68,12 +68,16 @@ class DatasetConfig(PairsConfig):
     """Pairs for evaluation: a file, a folder or a name on the Hub. Unset: none, unless
     `test_size` is given."""
 
+    eval_split: str | None = None
+    """The split of `eval_dataset` to read, where it has several. Unset: test."""
+
     test_size: int | float | None = None
     """Hold out pairs of `dataset_name` for evaluation, by prompt: a part of the rows (between 0
     and 1) or a number of rows (1 or more). Unset: none."""
 
     max_train_samples: int | None = None
-    """Train on the first this many pairs only, 1 or more. Unset: on all."""
+    """Read only the first this many rows of `dataset_name`, before `test_size` holds any out; 1 or
+    more. Unset: all."""
 
     @property
     def has_eval_data(self) -> bool:
@@ -91,6 +95,9 @@ class DatasetConfig(PairsConfig):
         if self.eval_dataset is not None and size is not None:
             message = "eval_dataset is given too, and they exclude each other: leave one out"
             found.append(Problem("test_size", size, message, ("eval_dataset",)))
+        if self.eval_split is not None and self.eval_dataset is None:
+            message = "there is no eval_dataset to read it from: leave it out"
+            found.append(Problem("eval_split", self.eval_split, message, ("eval_dataset",)))
         return found
 
 

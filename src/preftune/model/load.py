@@ -1,13 +1,21 @@
 """Load a causal LM and its tokenizer from a hub id, a folder or a GGUF file; save them again."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +28,7 @@ from preftune.model.probe import head_is_plain
 transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -83,9 +92,24 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         key = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
         raise _cannot_load("tokenizer", key, name, error) from error
+
+
+def load_model_config(config: ModelConfig) -> PreTrainedConfig:
+    """Load the architecture's config that `config` names; reads no weights.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    name = config.model_name_or_path
+    assert name is not None  # the config refuses an unset model
+    path, options = _model_location(config)
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except LOADING_ERRORS as error:
+        raise _cannot_load("model", "model_name_or_path", name, error) from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
@@ -96,26 +120,33 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         device: where to put it.
 
     Raises:
-        ModelError: it cannot be found or read.
+        ModelError: it cannot be found or read, or lacks weights.
     """
     name = config.model_name_or_path
     assert name is not None  # the config refuses an unset model
     check_model_files(name)
-    path, options = _location(name)
-    if "gguf_file" not in options:
-        options["revision"] = config.model_revision
-    options["trust_remote_code"] = config.trust_remote_code
+    model_config = load_model_config(config)
+    source_dtype = getattr(model_config, "dtype", None) or torch.float32
+    zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
+    path, options = _model_location(config)
+    if config.attn_implementation != "auto":
+        options["attn_implementation"] = config.attn_implementation
     try:
-        model_config = AutoConfig.from_pretrained(path, **options)
-        source_dtype = getattr(model_config, "dtype", None) or torch.float32
-        zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
-        if config.attn_implementation != "auto":
-            options["attn_implementation"] = config.attn_implementation
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, dtype=DTYPES[config.dtype], **options
+        # With output_loading_info it returns a pair, which its annotation does not say.
+        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            path,
+            config=model_config,
+            dtype=DTYPES[config.dtype],
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model_name_or_path is {name!r}: its files lack {len(missing)} weights of a causal LM "
+            f"({', '.join(missing[:3])}), which would be random; give a complete causal LM"
+        )
     if "gguf_file" in options:
         model, source_dtype = _without_gguf_marks(model), torch.float32
     if config.disable_dropout:
@@ -149,15 +180,18 @@ def save_model(
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in named_weights(model).items()
     }
-    held = {key: getattr(model.config, key) for key in ("dtype", *loaded.zeroed_dropout)}
+    held = {key: getattr(model.config, key) for key in loaded.zeroed_dropout}
     try:
-        model.config.dtype = dtype
         for key, value in loaded.zeroed_dropout.items():
             setattr(model.config, key, value)
         model.save_pretrained(folder, state_dict=cast)
     finally:
         for key, value in held.items():
             setattr(model.config, key, value)
+    # transformers writes the dtype of the live parameters, not that of what it saved.
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 
@@ -178,6 +212,13 @@ def _location(name: str) -> tuple[str, dict[str, Any]]:
     if name.endswith(".gguf") and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     return (str(path) if path.is_dir() else name), {}
+
+
+def _model_location(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    path, options = _location(str(config.model_name_or_path))
+    if "gguf_file" not in options:
+        options["revision"] = config.model_revision
+    return path, options | {"trust_remote_code": config.trust_remote_code}
 
 
 def _cannot_load(what: str, key: str, name: str, error: Exception) -> ModelError:

@@ -10,7 +10,8 @@ from preftune.config.model import ModelConfig
 from preftune.data.chat import set_chat_template
 from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.splits import split_by_prompt
-from preftune.model.load import check_model_files, load_tokenizer
+from preftune.errors import ConfigError, ModelError
+from preftune.model.load import check_model_files, load_model_config, load_tokenizer
 from preftune.tracking.progress import ProgressDisplay
 
 
@@ -36,18 +37,21 @@ def load_experiment_pairs(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> Pairs:
     """Read, check and tokenise training and held-out pairs, and say what was kept."""
-    train = load_dataset_pairs(
-        config, tokenizer, display, config.dataset_name, max_rows=config.max_train_samples
-    )
+    name, split = config.dataset_name, config.dataset_split
+    train = load_dataset_pairs(config, tokenizer, display, name, split, config.max_train_samples)
     held_out = None
     if config.eval_dataset is not None:
-        held_out = load_dataset_pairs(config, tokenizer, display, config.eval_dataset)
+        split = config.eval_split or "test"
+        held_out = load_dataset_pairs(config, tokenizer, display, config.eval_dataset, split)
     elif config.test_size is not None:
         train, held_out = split_by_prompt(train, config.test_size, config.resolved_data_seed)
         display.say(
             f"split by prompt: {len(train.examples)} pairs to train on, "
             f"{len(held_out.examples)} held out"
         )
+    for dataset in (train, held_out):
+        if dataset is not None:
+            check_fits_model(config, dataset)
     return Pairs(train, held_out)
 
 
@@ -56,13 +60,14 @@ def load_dataset_pairs(
     tokenizer: PreTrainedTokenizerBase,
     display: ProgressDisplay,
     name: str | None,
+    split: str,
     max_rows: int | None = None,
 ) -> PairDataset:
     """Read, check and tokenise one dataset, and say what was kept."""
     assert name is not None  # the config refuses an unset dataset
     dataset = load_pairs(
         name,
-        split=config.dataset_split,
+        split=split,
         column_map=config.column_map,
         tokenizer=tokenizer,
         max_length=config.max_length,
@@ -73,6 +78,32 @@ def load_dataset_pairs(
     )
     display.say(describe_counts(dataset))
     return dataset
+
+
+def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
+    """Refuse rows that the model's embeddings cannot take, before weights load.
+
+    Raises:
+        ConfigError: a row is longer than the model's positions.
+        ModelError: the tokenizer makes ids that the model does not have.
+    """
+    model_config = load_model_config(config).get_text_config()
+    longest = max(dataset.examples, key=lambda example: max(example.lengths))
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and max(longest.lengths) > positions:
+        raise ConfigError(
+            f"{longest.row_id} of {dataset.name} has {max(longest.lengths)} tokens, and "
+            f"{config.model_name_or_path} only {positions} positions; set --max_length {positions}"
+        )
+    highest = max(
+        max(*example.prompt_ids, *(i for c in example.completions for i in c.ids))
+        for example in dataset.examples
+    )
+    if highest >= model_config.vocab_size:
+        raise ModelError(
+            f"the tokenizer makes token {highest}, and {config.model_name_or_path} has only "
+            f"{model_config.vocab_size} tokens; tokenizer_name_or_path must name its own tokenizer"
+        )
 
 
 def describe_counts(dataset: PairDataset) -> str:

@@ -19,7 +19,7 @@ from preftune.errors import ConfigError
 from preftune.model.forward import pair_logps
 from preftune.model.load import load_model
 from preftune.objective import PairBatcher, as_pairs
-from preftune.recipes.pairs import load_dataset_pairs, prepare_tokenizer
+from preftune.recipes.pairs import check_fits_model, load_dataset_pairs, prepare_tokenizer
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
 
@@ -86,7 +86,10 @@ def score(config: ScoreConfig) -> ScoreSummary:
     runtime = Runtime(precision, seed=0)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     tokenizer = prepare_tokenizer(config)
-    dataset = load_dataset_pairs(config, tokenizer, display, config.dataset_name)
+    dataset = load_dataset_pairs(
+        config, tokenizer, display, config.dataset_name, config.dataset_split
+    )
+    check_fits_model(config, dataset)
     policy = score_model(config, dataset.examples, runtime, display, config)
     reference = None
     if config.reference_model_name_or_path is not None:

@@ -37,6 +37,8 @@ class ProgressDisplay:
         if style == "auto":
             style = "rich" if self._console.is_terminal else "plain"
         self._style: ProgressStyle = style if is_main else "none"
+        self._live: Progress | None = None
+        self._depth = 0
 
     def say(self, text: str) -> None:
         """Print one line, kept apart from a live bar."""
@@ -56,24 +58,43 @@ class ProgressDisplay:
 
     @contextmanager
     def _rich_stage(self, name: str, total: int, unit: str, start: int) -> Iterator[Update]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )
-        with Progress(*columns, console=self._console, transient=False) as progress:
-            task = progress.add_task(name, total=total, completed=start, rate="", shown="")
+        # rich allows one live view at a time, so a stage inside another is a line of its view.
+        with self._live_view() as live:
+            task = live.add_task(name, total=total, completed=start, rate="", shown="")
             began = time.monotonic()
 
             def update(done: int, values: Mapping[str, float] | None = None) -> None:
                 rate = (done - start) / max(time.monotonic() - began, 1e-9)
-                progress.update(task, completed=done, rate=_rate(rate, unit), shown=_shown(values))
+                live.update(task, completed=done, rate=_rate(rate, unit))
+                if values:
+                    live.update(task, shown=_shown(values))
 
             yield update
+            if self._depth > 1:
+                live.remove_task(task)
+
+    @contextmanager
+    def _live_view(self) -> Iterator[Progress]:
+        if self._live is None:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=self._console,
+            )
+            self._live.start()
+        self._depth += 1
+        try:
+            yield self._live
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._live.stop()
+                self._live = None
 
     def _plain_stage(self, name: str, total: int, unit: str, start: int) -> Update:
         began = time.monotonic()
