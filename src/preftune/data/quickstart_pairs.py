@@ -18,9 +18,7 @@ it is built in, and tested, that it cannot:
 """
 
 import json
-import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from preftune.data import quickstart_phrases as phrases
+from preftune.files import write_atomically
 
 SOURCE = "preftune-quickstart"
 HELDOUT_SUBJECTS = 2  # a topic, its last ones
@@ -134,24 +133,8 @@ def write_quickstart_pairs(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     train, heldout = make_quickstart_pairs(seed)
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
     for path, rows in zip(paths, (train, heldout), strict=True):
-        _write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return paths
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Put a file in place in one move, so that an interrupted run leaves no half-written one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private; these files hold nothing secret
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @cache

@@ -13,21 +13,22 @@ from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.quickstart_pairs import write_quickstart_pairs
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.evaluation.samples import greedy_answers
+from preftune.files import write_atomically
 from preftune.model.embedded import NAME, embedded_model
 from preftune.model.load import load_model, load_tokenizer
 from preftune.recipes.dpo import train
 from preftune.recipes.score import PairScores, score_examples
-from preftune.reference.store import write_atomically
 from preftune.tracking.progress import ProgressDisplay, ProgressStyle
 
-# Found by trial on the quickstart's own pairs: enough to see, not enough to break the model.
+# Found by trial on the quickstart's own pairs: enough to see, not enough to break so small a model
+# (at 1e-5 its answers turn warm and empty). 38 steps of 8 read 304 of the 360 pairs.
 SETTINGS = {
     "loss_type": "dpo",
     "beta": 0.1,
-    "learning_rate": 1e-5,
+    "learning_rate": 3e-6,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.1,
-    "num_epochs": 1.0,
+    "max_train_steps": 38,
     "per_device_train_batch_size": 8,
     "logging_steps": 1,
     "checkpointing_steps": None,
@@ -43,6 +44,7 @@ class QuickstartSummary:
     """Held-out numbers and answers, before and after."""
 
     num_train: int
+    num_steps: int
     num_held_out: int
     likelihood_accuracy_before: float
     likelihood_accuracy_after: float
@@ -95,7 +97,7 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
     after = _look_at(result.folder.final, held_out, prompts, display)
     summary = _summarise(before, after, config, result.manifest, prompts, train_file)
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(output_dir / "summary.json", text.encode())
+    write_atomically(output_dir / "summary.json", text)
     print(_report(summary, output_dir))
     return summary
 
@@ -151,6 +153,7 @@ def _summarise(
     margins = config.beta * (chosen - rejected)
     return QuickstartSummary(
         num_train=manifest["data"]["train"]["num_pairs"],
+        num_steps=manifest["steps"],
         num_held_out=len(margins),
         likelihood_accuracy_before=before.scores.likelihood_accuracy,
         likelihood_accuracy_after=after.scores.likelihood_accuracy,
@@ -167,15 +170,16 @@ def _summarise(
 
 
 def _report(summary: QuickstartSummary, output_dir: Path) -> str:
+    likely = (summary.likelihood_accuracy_before, summary.likelihood_accuracy_after)
     lines = [
         "",
-        f"{NAME}, trained on {summary.num_train} pairs in {summary.training_seconds:.0f} s",
+        f"{NAME}: {summary.num_steps} steps of {SETTINGS['per_device_train_batch_size']} of "
+        f"{summary.num_train} pairs, in {summary.training_seconds:.0f} s",
         "",
-        f"on {summary.num_held_out} held-out pairs                     before    after",
-        "the model gives the chosen answer the higher log-probability"[:49].ljust(44)
-        + f"{summary.likelihood_accuracy_before:9.2f}{summary.likelihood_accuracy_after:9.2f}",
-        f"{'implicit-reward accuracy':44}{'-':>9}{summary.reward_accuracy:9.2f}",
-        f"{'implicit-reward margin':44}{'-':>9}{summary.reward_margin:9.2f}",
+        f"{f'on {summary.num_held_out} held-out pairs':48}{'before':>8}{'after':>8}",
+        f"{'chosen answer more likely than the rejected one':48}{likely[0]:8.2f}{likely[1]:8.2f}",
+        f"{'implicit-reward accuracy':48}{'-':>8}{summary.reward_accuracy:8.2f}",
+        f"{'implicit-reward margin':48}{'-':>8}{summary.reward_margin:8.2f}",
         "(implicit rewards compare with the model before training: undefined before)",
     ]
     for sample in summary.samples:

@@ -15,6 +15,7 @@ from preftune.config.paths import cache_root
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
+from preftune.files import write_atomically
 from preftune.losses.spec import LOSS_SPECS
 from preftune.model.load import DTYPES, LoadedModel, save_model
 from preftune.objective import PairBatcher, PreferenceObjective
@@ -22,7 +23,7 @@ from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
 from preftune.reference.build import reference_logps
 from preftune.reference.fingerprints import namespace_key
-from preftune.reference.store import ReferenceStore, write_atomically
+from preftune.reference.store import ReferenceStore
 from preftune.schema import TokenizedExample
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -152,7 +153,7 @@ class Run:
         if self.runtime.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             self._take_over_metrics(metrics_file, offset)
-            write_atomically(folder.config, self.config.to_yaml().encode())
+            write_atomically(folder.config, self.config.to_yaml())
             folder.write_manifest(self.manifest)
         self.runtime.barrier()
         return metrics_file

@@ -16,6 +16,7 @@ from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError
+from preftune.files import replacing
 from preftune.model.forward import pair_logps
 from preftune.model.load import load_model
 from preftune.objective import PairBatcher, as_pairs
@@ -187,9 +188,8 @@ def write_scores(
             "reward_rejected": beta * (policy.rejected - reference.rejected),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def _check_output(config: ScoreConfig) -> None:

@@ -8,7 +8,6 @@ fp32 with their sum in fp64, which serves every sequence loss and every beta.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from preftune.errors import CacheError
+from preftune.files import replacing, write_atomically
 
 KEY_BYTES = 16
 
@@ -49,7 +49,7 @@ class ReferenceStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "namespace.json").exists():
                 text = json.dumps(fields, indent=1, sort_keys=True, default=str)
-                write_atomically(self.folder / "namespace.json", text.encode())
+                write_atomically(self.folder / "namespace.json", text)
         except OSError as error:
             raise CacheError(
                 f"cannot write reference log-probs to {self.folder} ({error.strerror or error}); "
@@ -110,18 +110,5 @@ class ReferenceStore:
             "per_token": np.concatenate([entry.per_token for entry in entries.values()]),
             "sums": np.array([entry.sum for entry in entries.values()], dtype=np.float64),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that readers see the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)

@@ -9,7 +9,6 @@ The learning-rate schedule and the order of the data are functions of the step a
 """
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from preftune.errors import CheckpointError
+from preftune.files import fsync
 from preftune.model.load import named_weights
 from preftune.training.step import TrainState
 
@@ -57,11 +57,11 @@ def save_checkpoint(
         }
         (temporary / "state.json").write_text(json.dumps(document, default=str))
         for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
+            fsync(path)
         if folder.exists():  # the same step, saved before a resume
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -157,11 +157,3 @@ def _restore_generators(states: dict[str, Tensor], document: dict[str, Any]) -> 
 def _numpy_state() -> list[Any]:
     name, keys, *rest = np.random.get_state()
     return [name, np.asarray(keys).tolist(), *rest]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

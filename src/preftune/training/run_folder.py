@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.errors import CheckpointError
-from preftune.reference.store import write_atomically
+from preftune.files import write_atomically
 
 # What may differ between the command that started a run and the one that goes on with it.
 MAY_CHANGE = frozenset(
@@ -93,7 +93,7 @@ class RunFolder:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest in one go."""
         text = json.dumps(manifest, indent=1, default=str) + "\n"
-        write_atomically(self.manifest, text.encode())
+        write_atomically(self.manifest, text)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", fail)
+        patch.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="disk full"):
             write_quickstart_pairs(tmp_path, seed=1)
     assert train.read_text() == '{"seed": 0}\n'
