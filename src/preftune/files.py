@@ -1,9 +1,13 @@
 """Writing files so that a reader, or a run that goes on after a kill, never sees half of one."""
 
+import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from preftune.errors import CheckpointError
 
 
 @contextmanager
@@ -12,7 +16,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On an error nothing changes and what was written is removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Random, because containers that share a cache often share process ids too.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         yield temporary
         fsync(temporary)
@@ -34,3 +39,25 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold_alone(folder: Path) -> int:
+    """Lock a folder against other processes that ask for it; freed when this one ends.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"another process is working in {folder}; wait for it, or give another --output_dir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing can be held there
+    return descriptor

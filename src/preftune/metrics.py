@@ -18,16 +18,16 @@ class MetricSums:
 
     def __init__(self) -> None:
         """Start an empty window."""
-        self._entries: dict[str, tuple[Tensor, Tensor]] = {}
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+    def add(self, name: str, total: Tensor | float, count: float) -> None:
         """Add a sum over `count` things to the metric `name`."""
-        total = torch.as_tensor(total).detach().to(torch.float64)
-        count = torch.as_tensor(count, dtype=torch.float64, device=total.device)
-        if name in self._entries:
-            old_total, old_count = self._entries[name]
-            total, count = old_total + total, old_count + count
-        self._entries[name] = (total, count)
+        total = torch.as_tensor(total, dtype=torch.float64).detach()
+        if name in self._totals:
+            total = self._totals[name] + total
+        self._totals[name] = total
+        self._counts[name] = self._counts.get(name, 0.0) + count
 
     def means(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each metric over all ranks; waits for the device once.
@@ -35,32 +35,30 @@ class MetricSums:
         Args:
             all_reduce: sums a tensor over ranks. All metrics travel as one tensor.
         """
-        if not self._entries:
-            return {}
-        packed = all_reduce(self._packed())
         return {
             name: total / count if count else float("nan")
-            for name, (total, count) in zip(self._entries, packed.tolist(), strict=True)
+            for name, (total, count) in self.snapshot(all_reduce).items()
         }
 
     def clear(self) -> None:
         """Start the next window."""
-        self._entries.clear()
+        self._totals.clear()
+        self._counts.clear()
 
-    def snapshot(self) -> MetricState:
-        """This rank's window for a checkpoint; waits for the device."""
-        if not self._entries:
+    def snapshot(self, all_reduce: Callable[[Tensor], Tensor]) -> MetricState:
+        """The window of all ranks for a checkpoint; waits for the device."""
+        if not self._totals:
             return {}
-        return dict(zip(self._entries, self._packed().tolist(), strict=True))
+        totals = [total.flatten() for total in self._totals.values()]
+        device = max((total.device for total in totals), key=lambda device: device.type != "cpu")
+        totals = torch.cat([total.to(device) for total in totals])
+        counts = torch.tensor(list(self._counts.values()), dtype=torch.float64).to(device)
+        packed = all_reduce(torch.stack((totals, counts), dim=1))
+        return dict(zip(self._totals, packed.tolist(), strict=True))
 
-    def restore(self, state: MetricState, device: torch.device) -> None:
-        """Go on with the window of `snapshot`."""
+    def restore(self, state: MetricState, device: torch.device, *, is_main: bool = True) -> None:
+        """Go on with the window of `snapshot`, which one rank holds for all."""
         self.clear()
         for name, (total, count) in state.items():
-            self.add(name, torch.tensor(total, dtype=torch.float64, device=device), count)
-
-    def _packed(self) -> Tensor:
-        device = next(iter(self._entries.values()))[0].device
-        return torch.stack(
-            [torch.stack((total.to(device), n.to(device))) for total, n in self._entries.values()]
-        )
+            mine = torch.tensor(total if is_main else 0.0, dtype=torch.float64, device=device)
+            self.add(name, mine, count if is_main else 0.0)

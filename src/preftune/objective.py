@@ -53,7 +53,10 @@ class PairBatcher:
         """
         used = list(rows) or [0]
         layout = build_layout([self.examples[i] for i in used], self.layout).to(self.device)
-        reference = None if self.reference is None else self.reference[used]
+        reference = None
+        if self.reference is not None:
+            index = torch.tensor(used).to(self.device, non_blocking=True)
+            reference = self.reference[index]
         return MicroBatch(layout, len(rows), reference)
 
 

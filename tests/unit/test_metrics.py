@@ -28,12 +28,22 @@ def test_a_snapshot_restores_the_same_bits():
     sums = MetricSums()
     sums.add("x", torch.tensor(1 / 3, dtype=torch.float64), 7)
     other = MetricSums()
-    other.restore(sums.snapshot(), torch.device("cpu"))
+    other.restore(sums.snapshot(same), torch.device("cpu"))
     assert other.means(same) == sums.means(same)
-    assert other.snapshot() == sums.snapshot()
+    assert other.snapshot(same) == sums.snapshot(same)
 
 
 def test_ranks_add_sums_and_counts():
     sums = MetricSums()
     sums.add("x", 3.0, 1)
     assert sums.means(lambda t: t + torch.tensor([[7.0, 4.0]]))["x"] == 2.0
+
+
+def test_one_rank_holds_the_window_for_all_after_a_resume():
+    saved = {"x": [6.0, 4.0]}
+    ranks = [MetricSums(), MetricSums()]
+    for number, sums in enumerate(ranks):
+        sums.restore(saved, torch.device("cpu"), is_main=number == 0)
+        sums.add("x", 1.0, 1)
+    packed = sum(torch.tensor(list(sums.snapshot(same).values())) for sums in ranks)
+    assert packed.tolist() == [[8.0, 6.0]]

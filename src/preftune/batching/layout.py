@@ -7,15 +7,14 @@ object, so a way to the same numbers is never a branch elsewhere.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, assert_never
+from typing import assert_never
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from preftune.config.dpo import Layout as LayoutName
 from preftune.schema import TokenizedExample
-
-LayoutName: TypeAlias = Literal["concatenated", "separate"]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> int:
     except PreftuneError as error:
         print(f"preftune: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # The machine's fault: a full disk, missing rights. The file is what a person needs.
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"preftune: error: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("preftune: interrupted", file=sys.stderr)
         return 1

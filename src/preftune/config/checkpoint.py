@@ -15,7 +15,8 @@ class CheckpointConfig(Section):
     """The run's folder."""
 
     checkpointing_steps: int | Literal["epoch"] | None = 500
-    """Optimizer steps between two checkpoints, 1 or more, or epoch; null: only at the end."""
+    """Optimizer steps between two checkpoints, 1 or more, or epoch; the last step always makes one.
+    null: none, so a stopped run starts again; final/ is written all the same."""
 
     keep_last_n_checkpoints: int | None = 3
     """How many of the latest checkpoints stay on disk, 1 or more; null: all."""
@@ -31,6 +32,6 @@ class CheckpointConfig(Section):
         """Everything wrong inside this section."""
         found = count("keep_last_n_checkpoints", self.keep_last_n_checkpoints)
         if isinstance(self.checkpointing_steps, int) and self.checkpointing_steps < 1:
-            message = "it must be 1 or more, epoch, or null for only at the end"
+            message = "it must be 1 or more, epoch, or null for none"
             found.append(Problem("checkpointing_steps", self.checkpointing_steps, message))
         return found

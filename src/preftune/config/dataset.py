@@ -8,7 +8,7 @@ from preftune.config.problem import Problem, count
 from preftune.config.section import Section
 
 Truncation = Literal["drop", "keep_start", "keep_end"]
-COLUMNS = ("prompt", "chosen", "rejected")
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "source")
 """Columns of a pair that `column_map` can rename."""
 
 

@@ -43,9 +43,13 @@ class ExperimentConfig(
                 self.eval_strategy = "epoch" if self.has_eval_data else "never"
 
     def cross_problems(self) -> list[Problem]:
-        """Evaluation settings that nothing reads."""
+        """Settings that nothing reads."""
+        found = []
+        if self.data_seed is not None and not self.shuffle:
+            message = "shuffle is false, so there is no order to choose: leave it out"
+            found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
         if self.has_eval_data:
-            return []
+            return found
         settings = {
             "eval_steps": self.eval_steps,
             "eval_strategy": None if self.eval_strategy == "never" else self.eval_strategy,
@@ -55,7 +59,7 @@ class ExperimentConfig(
             del settings["eval_strategy"]  # it may only follow from eval_steps
         message = "there are no pairs for evaluation: give eval_dataset or test_size"
         others = ("eval_dataset", "test_size")
-        return [
+        return found + [
             Problem(key, value, message, others)
             for key, value in settings.items()
             if value is not None

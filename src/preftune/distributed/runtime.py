@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from preftune.errors import ConfigError
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
@@ -43,9 +48,20 @@ class Runtime:
         # train twice, in two precisions. The process group stays.
         AcceleratorState._reset_state(reset_partial_state=False)
         self._accelerator = Accelerator(
+            # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
+            cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            step_scheduler_with_optimizer=False,
+            # Rank 0 scores the reference alone, which may take longer than the default allows.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
+        # Accelerate would divide by a number from the environment; the step divides by itself.
+        self._accelerator.gradient_accumulation_steps = 1
+        if self._accelerator.distributed_type not in SUPPORTED:
+            raise ConfigError(
+                f"Accelerate is set up for {self._accelerator.distributed_type.value} (by an "
+                "accelerate config file or ACCELERATE_* variables), which preftune does not run "
+                "yet; use one process, or torchrun for DDP"
+            )
         set_seed(seed)
 
     @property
@@ -110,9 +126,11 @@ class Runtime:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The module inside the engine's wrapper."""
-        return self._accelerator.unwrap_model(model)
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank: one decision for all. Waits, on several ranks."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device)).item())
 
     def barrier(self) -> None:
         """Wait for every rank."""

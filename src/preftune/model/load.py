@@ -48,8 +48,12 @@ class LoadedModel:
         return sum(p.numel() for p in self.policy.parameters())
 
 
-def check_model_files(name: str) -> None:
+def check_model_files(name: str, key: str = "model_name_or_path") -> None:
     """Refuse a local path that cannot be loaded, before anything heavy starts.
+
+    Args:
+        name: folder, .gguf file or hub id.
+        key: the option that named it.
 
     Raises:
         ModelError: the path looks local and is absent, or is a folder without config or weights.
@@ -58,12 +62,12 @@ def check_model_files(name: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"model_name_or_path is {name!r}: the folder has no config.json; "
+                f"{key} is {name!r}: the folder has no config.json; "
                 "give a folder in the Hugging Face format, a hub id or a .gguf file"
             )
         if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
             raise ModelError(
-                f"model_name_or_path is {name!r}: the folder has a config.json but no weights "
+                f"{key} is {name!r}: the folder has a config.json but no weights "
                 "(*.safetensors or pytorch_model*.bin); copy them there or give another model"
             )
         return
@@ -72,7 +76,7 @@ def check_model_files(name: str) -> None:
         return
     if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(
-            f"model_name_or_path is {name!r}: no such folder or .gguf file; "
+            f"{key} is {name!r}: no such folder or .gguf file; "
             "give a folder, a .gguf file or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
 

@@ -8,8 +8,9 @@ import torch
 
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.paths import cache_root
 from preftune.distributed.runtime import Runtime, resolve_precision
-from preftune.errors import Interrupted, TrainingDiverged
+from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.losses import make_loss
 from preftune.metrics import MetricSums
 from preftune.model.load import load_model
@@ -21,7 +22,7 @@ from preftune.reference.fingerprints import namespace_fields
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
-from preftune.training.run_folder import RunFolder, plan_start
+from preftune.training.run_folder import RunFolder, check_writable, plan_start
 from preftune.training.step import TrainState
 
 
@@ -49,6 +50,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         PreftuneError: see `preftune.errors`; the exit code of the command is the error's.
     """
     start = plan_start(config)
+    check_writable("cache_dir", cache_root(config.cache_dir))
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
@@ -78,7 +80,8 @@ def train(config: ExperimentConfig) -> TrainResult:
     batcher, held_out = run.batchers(fields)
     objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
     first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
-    check_step_zero(model, objective, batcher, first_rows, precision=precision)
+    is_exact = precision == "fp32" and config.dtype == "float32"
+    check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
 
     # ---------------------------------------------------------------- train
     bad_step = torch.zeros((), dtype=torch.int64, device=runtime.device)
@@ -100,17 +103,30 @@ def train(config: ExperimentConfig) -> TrainResult:
     )
     try:
         loop.run()
+        run.save_final()
+        return TrainResult(start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
         raise
-    run.save_final()
-    return TrainResult(start.folder, run.end("finished"))
+    finally:
+        run.release()
 
 
 def count_steps(config: ExperimentConfig, sampler: PairSampler) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: the warm-up would take all of them, so the rate would never be reached.
+    """
     if config.max_train_steps is not None:
-        return config.max_train_steps
-    assert config.num_epochs is not None  # filled by the config when neither is given
-    # The small allowance: 0.1 epochs of 30 steps are 3.0000000000000004 in floating point.
-    return max(1, math.ceil(config.num_epochs * sampler.steps_per_epoch - 1e-9))
+        num_steps = config.max_train_steps
+    else:
+        assert config.num_epochs is not None  # filled by the config when neither is given
+        # The small allowance: 0.1 epochs of 30 steps are 3.0000000000000004 in floating point.
+        num_steps = max(1, math.ceil(config.num_epochs * sampler.steps_per_epoch - 1e-9))
+    if config.warmup_steps and config.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"warmup_steps is {config.warmup_steps}, and the run has {num_steps} steps; it must be "
+            "fewer, or learning_rate is never reached"
+        )
+    return num_steps

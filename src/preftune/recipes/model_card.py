@@ -70,5 +70,5 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         schedule=config.lr_scheduler_type,
         knobs=json.dumps(knobs),
         precision=manifest["precision"],
-        save_dtype=config.save_dtype,
+        save_dtype=manifest["save_dtype"],
     )

@@ -1,6 +1,8 @@
 """Tokenizer and datasets of an experiment: all that can be checked before weights load."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -12,6 +14,7 @@ from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.splits import split_by_prompt
 from preftune.errors import ConfigError, ModelError
 from preftune.model.load import check_model_files, load_model_config, load_tokenizer
+from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
 
 
@@ -27,6 +30,11 @@ def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that the config asks for."""
     assert config.model_name_or_path is not None  # the config refuses an unset model
     check_model_files(config.model_name_or_path)
+    if config.model_revision is not None and Path(config.model_name_or_path).expanduser().exists():
+        raise ConfigError(
+            f"model_revision is {config.model_revision!r}, but {config.model_name_or_path} is on "
+            "this machine and has no revisions; leave it out"
+        )
     tokenizer = load_tokenizer(config)
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
@@ -44,7 +52,7 @@ def load_experiment_pairs(
         split = config.eval_split or "test"
         held_out = load_dataset_pairs(config, tokenizer, display, config.eval_dataset, split)
     elif config.test_size is not None:
-        train, held_out = split_by_prompt(train, config.test_size, config.resolved_data_seed)
+        train, held_out = split_by_prompt(train, config.test_size, config.seed)
         display.say(
             f"split by prompt: {len(train.examples)} pairs to train on, "
             f"{len(held_out.examples)} held out"
@@ -65,6 +73,10 @@ def load_dataset_pairs(
 ) -> PairDataset:
     """Read, check and tokenise one dataset, and say what was kept."""
     assert name is not None  # the config refuses an unset dataset
+    if split not in ("train", "test") and Path(name).expanduser().is_file():
+        raise ConfigError(
+            f"the split asked for is {split!r}, but {name} is one file without splits; leave it out"
+        )
     dataset = load_pairs(
         name,
         split=split,
@@ -95,6 +107,7 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
             f"{longest.row_id} of {dataset.name} has {max(longest.lengths)} tokens, and "
             f"{config.model_name_or_path} only {positions} positions; set --max_length {positions}"
         )
+    _check_rope(config, model_config, longest)
     highest = max(
         max(*example.prompt_ids, *(i for c in example.completions for i in c.ids))
         for example in dataset.examples
@@ -103,6 +116,18 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
         raise ModelError(
             f"the tokenizer makes token {highest}, and {config.model_name_or_path} has only "
             f"{model_config.vocab_size} tokens; tokenizer_name_or_path must name its own tokenizer"
+        )
+
+
+def _check_rope(config: ModelConfig, model_config: Any, longest: TokenizedExample) -> None:
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    length = max(longest.lengths)
+    if kind in ("longrope", "dynamic") and original and length > original:
+        raise ConfigError(
+            f"{longest.row_id} has {length} tokens; past {original} the {kind} positions of "
+            f"{config.model_name_or_path} change with the longest row of a batch, and log-probs "
+            f"with them; set --max_length {original}"
         )
 
 

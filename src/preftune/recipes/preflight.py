@@ -2,16 +2,15 @@
 
 import os
 import shutil
-from pathlib import Path
 
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.paths import cache_root
 from preftune.data.pairs import PairDataset
-from preftune.errors import CheckpointError
 from preftune.recipes.dpo import count_steps
 from preftune.recipes.pairs import describe_counts, load_experiment_pairs, prepare_tokenizer
 from preftune.tracking.progress import ProgressDisplay
-from preftune.training.run_folder import plan_start
+from preftune.training.run_folder import check_writable, plan_start
 
 
 def check(config: ExperimentConfig) -> str:
@@ -27,7 +26,8 @@ def check(config: ExperimentConfig) -> str:
         PreftuneError: the first thing that would stop the run.
     """
     start = plan_start(config)
-    writable = check_output_dir(start.folder.root)
+    writable = check_writable("output_dir", start.folder.root)
+    check_writable("cache_dir", cache_root(config.cache_dir))
     tokenizer = prepare_tokenizer(config)
     display = ProgressDisplay("none")
     pairs = load_experiment_pairs(config, tokenizer, display)
@@ -51,22 +51,6 @@ def check(config: ExperimentConfig) -> str:
         "check passed: nothing was loaded or written",
     ]
     return "\n".join(lines)
-
-
-def check_output_dir(root: Path) -> Path:
-    """The nearest folder of `root` that exists.
-
-    Raises:
-        CheckpointError: it cannot be written to.
-    """
-    existing = root
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK):
-        raise CheckpointError(
-            f"output_dir is {str(root)!r}: {existing} is not writable; give another --output_dir"
-        )
-    return existing
 
 
 def _describe_lengths(dataset: PairDataset) -> str:

@@ -1,10 +1,9 @@
 """`preftune quickstart`: a real model, this project's own pairs, and what training changed."""
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
@@ -12,6 +11,7 @@ from preftune.config.paths import cache_root
 from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.quickstart_pairs import write_quickstart_pairs
 from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.errors import CheckpointError
 from preftune.evaluation.samples import greedy_answers
 from preftune.files import write_atomically
 from preftune.model.embedded import NAME, embedded_model
@@ -19,6 +19,7 @@ from preftune.model.load import load_model, load_tokenizer
 from preftune.recipes.dpo import train
 from preftune.recipes.score import PairScores, score_examples
 from preftune.tracking.progress import ProgressDisplay, ProgressStyle
+from preftune.training.run_folder import check_writable
 
 # Found by trial on the quickstart's own pairs: enough to see, not enough to break so small a model
 # (at 1e-5 its answers turn warm and empty). 38 steps of 8 read 304 of the 360 pairs.
@@ -35,7 +36,7 @@ SETTINGS = {
     "max_length": 512,
 }
 SCORE_BATCH_SIZE = 16
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 56
 NUM_SAMPLES = 3
 
 
@@ -79,6 +80,8 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
         What was printed.
     """
     display = ProgressDisplay(progress)
+    check_writable("output_dir", output_dir)
+    _check_folder(output_dir)
     base = embedded_model(cache_root(None), display.say)
     train_file, held_out_file = write_quickstart_pairs(output_dir / "pairs")
     config = ExperimentConfig(
@@ -102,6 +105,23 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
     return summary
 
 
+def _check_folder(output_dir: Path) -> None:
+    """Refuse a folder whose files the quickstart would overwrite."""
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        made = write_quickstart_pairs(Path(scratch))
+        there = [output_dir / "pairs" / path.name for path in made]
+        if any(
+            not old.is_file() or old.read_bytes() != new.read_bytes()
+            for old, new in zip(there, made, strict=True)
+        ):
+            raise CheckpointError(
+                f"output_dir is {str(output_dir)!r}, which holds other files than a quickstart's; "
+                "nothing there was changed; give a new or empty --output_dir"
+            )
+
+
 def _load_held_out(base: Path, file: Path) -> PairDataset:
     return load_pairs(
         str(file),
@@ -115,10 +135,14 @@ def _load_held_out(base: Path, file: Path) -> PairDataset:
 
 
 def _sample_prompts(file: Path) -> list[str]:
-    """A few held-out prompts from different parts of the file, the same ones every time."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    picked = np.linspace(0, len(rows) - 1, NUM_SAMPLES + 2).astype(int)[1:-1]
-    return [rows[i]["prompt"][-1]["content"] for i in picked]
+    """The first held-out prompts of one wording, the same ones every time.
+
+    This wording the model answers before training too; to some others it only says that it cannot
+    help, which shows little.
+    """
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    return [prompt for prompt in prompts if prompt.startswith("How does someone")][:NUM_SAMPLES]
 
 
 def _look_at(

@@ -1,11 +1,14 @@
 """The parts of a run that touch its folder and its manifest."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -15,7 +18,7 @@ from preftune.config.paths import cache_root
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
-from preftune.files import write_atomically
+from preftune.files import hold_alone, write_atomically
 from preftune.losses.spec import LOSS_SPECS
 from preftune.model.load import DTYPES, LoadedModel, save_model
 from preftune.objective import PairBatcher, PreferenceObjective
@@ -27,7 +30,7 @@ from preftune.reference.store import ReferenceStore
 from preftune.schema import TokenizedExample
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
-from preftune.training.checkpoint import load_checkpoint, save_checkpoint
+from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
 from preftune.training.loop import peak_memory_gib
 from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
 from preftune.training.step import TrainState
@@ -57,6 +60,8 @@ class Run:
         self.pairs = pairs
         self.loaded = loaded
         self.began = time.time()
+        self.earlier_seconds = 0.0
+        self._lock: int | None = None
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -142,35 +147,64 @@ class Run:
 
     def begin(self, state: TrainState) -> MetricsFile:
         """Make or take up the folder; restores the checkpoint, if there is one."""
-        folder = self.start.folder
+        folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
-        if self.start.checkpoint is not None:
-            document = load_checkpoint(self.start.checkpoint, state, self.loaded.policy.model)
-            self._check_same_start(document)
+        if checkpoint is not None:
+            document = read_document(checkpoint)
+            self._check_same_start(document["identity"])
+            policy = self.loaded.policy.model
+            load_checkpoint(checkpoint, state, policy, is_main=self.runtime.is_main)
             offset = document["metrics_offset"]
-            self.display.say(f"going on after step {state.step}, from {self.start.checkpoint}")
+            self.display.say(f"going on after step {state.step}, from {checkpoint}")
         if self.runtime.is_main:
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take_over_metrics(metrics_file, offset)
-            write_atomically(folder.config, self.config.to_yaml())
+            folder.root.mkdir(parents=True, exist_ok=True)
+            self._lock = hold_alone(folder.root)
+            self._take_up_manifest()
+            # First, so that a kill from here on leaves a folder that is known as a run's.
             folder.write_manifest(self.manifest)
+            folder.checkpoints.mkdir(exist_ok=True)
+            self._take_over_metrics(metrics_file, offset)
+            # `resume` belongs to the command, not to the run that a copy of it would repeat.
+            settings = replace(self.config, resume="auto")
+            write_atomically(folder.config, settings.to_yaml())
         self.runtime.barrier()
         return metrics_file
 
-    def _check_same_start(self, document: dict[str, Any]) -> None:
-        for key, now in self._identity().items():
-            if document["identity"][key] != now:
-                raise CheckpointError(
-                    f"{self.start.checkpoint} was trained from another {key} than "
-                    f"{self.config.model_name_or_path!r} and {self.config.dataset_name!r} give "
-                    "now: the files have changed since; restore them, or start a new --output_dir"
-                )
+    def _take_up_manifest(self) -> None:
+        folder = self.start.folder
+        if folder.manifest.is_file():
+            earlier = folder.read_manifest()
+            self.earlier_seconds = earlier.get("seconds", 0.0)
+            self.manifest["started"] = earlier["started"]
+            self.manifest["resumed_from"] = earlier.get("resumed_from")
+        elif self.start.checkpoint is not None:
+            self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
 
-    def _identity(self) -> dict[str, str]:
+    def _check_same_start(self, before: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {before.get(key)}, now {now}"
+            for key, now in self._identity().items()
+            if before.get(key) != now
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.start.checkpoint} cannot go on to the same numbers here: "
+                f"{'; '.join(changed)}. Restore the files, versions and number of processes of "
+                "that run, or start a new --output_dir"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the straight one."""
+        held_out = self.pairs.held_out
         return {
-            "model": self.manifest["model"]["weights"],
+            "model weights": self.manifest["model"]["weights"],
             "dataset": self.pairs.train.fingerprint,
+            "held-out dataset": None if held_out is None else held_out.fingerprint,
+            "pairs a step": self.manifest["global_batch_size"],
+            "number of processes": self.runtime.world_size,
+            "precision": self.runtime.precision,
+            "reference namespace": self.manifest.get("reference_namespace"),
         }
 
     def _take_over_metrics(self, metrics_file: MetricsFile, offset: int) -> None:
@@ -180,21 +214,27 @@ class Run:
             source = checkpoint.parent.parent / metrics_file.path.name
             if source.exists():
                 shutil.copyfile(source, metrics_file.path)
+        if metrics_file.offset < offset:
+            raise CheckpointError(
+                f"{metrics_file.path} lacks lines that {checkpoint} had seen; restore it, or start "
+                "a new --output_dir"
+            )
         metrics_file.rewind(offset)
 
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
         """Save the state after its step, and drop checkpoints beyond the retention."""
+        window = state.window.snapshot(self.runtime.all_reduce)
         if self.runtime.is_main:
             metrics_file.sync()
             save_checkpoint(
                 self.start.folder.checkpoint(state.step),
                 state,
                 self.loaded.policy.model,
+                window,
                 {
                     "config": self.manifest["config"],
                     "identity": self._identity(),
                     "metrics_offset": metrics_file.offset,
-                    "reference_namespace": self.manifest.get("reference_namespace"),
                 },
             )
             remove_old_checkpoints(self.start.folder, self.config.keep_last_n_checkpoints)
@@ -209,9 +249,17 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
             choice = self.config.save_dtype
             dtype = self.loaded.source_dtype if choice == "auto" else DTYPES[choice]
-            save_model(self.loaded, self.tokenizer, temporary, dtype)
-            (temporary / "README.md").write_text(model_card(self.config, self.manifest))
-            temporary.rename(final)
+            self.manifest["save_dtype"] = str(dtype).removeprefix("torch.")
+            try:
+                save_model(self.loaded, self.tokenizer, temporary, dtype)
+                (temporary / "README.md").write_text(model_card(self.config, self.manifest))
+                temporary.rename(final)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise CheckpointError(
+                    f"{final} could not be written ({error}); free some space, and run the same "
+                    "command to write it from the last checkpoint"
+                ) from error
             self.display.say(f"saved {final}")
         self.runtime.barrier()
 
@@ -220,12 +268,18 @@ class Run:
         self.manifest |= {
             "status": status,
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": round(time.time() - self.began, 3),
+            "seconds": round(self.earlier_seconds + time.time() - self.began, 3),
             "peak_memory_gib": peak_memory_gib(self.runtime.device),
         }
         if self.runtime.is_main:
             self.start.folder.write_manifest(self.manifest)
         return self.manifest
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _describe_data(pairs: Pairs) -> dict[str, Any]:

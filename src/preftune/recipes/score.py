@@ -18,11 +18,12 @@ from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
-from preftune.model.load import load_model
+from preftune.model.load import check_model_files, load_model
 from preftune.objective import PairBatcher, as_pairs
 from preftune.recipes.pairs import check_fits_model, load_dataset_pairs, prepare_tokenizer
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
+from preftune.training.run_folder import check_writable
 
 
 @dataclass(frozen=True)
@@ -83,24 +84,23 @@ def score(config: ScoreConfig) -> ScoreSummary:
         The means; per-pair values go to `config.output` as parquet.
     """
     _check_output(config)
+    models: list[ModelConfig] = [config]
+    if config.reference_model_name_or_path:
+        check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
+        models.append(_reference_config(config))
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, seed=0)
-    display = ProgressDisplay(config.progress, is_main=runtime.is_main)
+    if runtime.world_size > 1:
+        raise ConfigError("score runs on one process; start it without torchrun")
+    display = ProgressDisplay(config.progress)
     tokenizer = prepare_tokenizer(config)
     dataset = load_dataset_pairs(
         config, tokenizer, display, config.dataset_name, config.dataset_split
     )
-    check_fits_model(config, dataset)
-    policy = score_model(config, dataset.examples, runtime, display, config)
-    reference = None
-    if config.reference_model_name_or_path is not None:
-        reference_config = ModelConfig(
-            model_name_or_path=config.reference_model_name_or_path,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-        reference = score_model(reference_config, dataset.examples, runtime, display, config)
+    for model_config in models:
+        check_fits_model(model_config, dataset)
+    scores = [score_model(m, dataset.examples, runtime, display, config) for m in models]
+    policy, reference = scores[0], (scores[1] if len(scores) > 1 else None)
     if config.output:
         write_scores(Path(config.output), dataset.examples, policy, reference, config.beta)
     margins = None
@@ -192,6 +192,17 @@ def write_scores(
         pq.write_table(pa.table(columns), temporary)
 
 
+def _reference_config(config: ScoreConfig) -> ModelConfig:
+    return ModelConfig(
+        model_name_or_path=config.reference_model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _check_output(config: ScoreConfig) -> None:
+    if config.output:
+        check_writable("output", Path(config.output).expanduser().parent)
     if config.output and Path(config.output).exists():
         raise ConfigError(f"output is {config.output!r}, which exists; give another name")

@@ -16,7 +16,7 @@ def check_step_zero(
     batcher: PairBatcher,
     rows: list[int],
     *,
-    precision: str,
+    is_exact: bool,
 ) -> float:
     """Compare the policy with the stored reference, side by side, and the loss with its constant.
 
@@ -28,7 +28,8 @@ def check_step_zero(
         objective: the loss.
         batcher: pairs with their stored reference values.
         rows: which pairs to look at.
-        precision: of the products; bf16 rounds by batch composition, so its tolerance is wide.
+        is_exact: whether weights and products are fp32; bf16 rounds by batch composition, so its
+            tolerance is wide.
 
     Returns:
         The mean loss over `rows`.
@@ -45,7 +46,7 @@ def check_step_zero(
         ("chosen", logps.chosen, logps.ref_chosen, logps.chosen_lengths),
         ("rejected", logps.rejected, logps.ref_rejected, logps.rejected_lengths),
     ):
-        tolerance = _tolerance(lengths.double(), reference, precision)
+        tolerance = _tolerance(lengths.double(), reference, is_exact)
         excess = (policy - reference).abs() - tolerance
         worst = int(excess.argmax())
         if excess[worst] > 0:
@@ -57,7 +58,7 @@ def check_step_zero(
                 "its folder under cache_dir/reference, or give another --cache_dir"
             )
     expected = objective.loss.value_at_reference(logps)
-    allowed = 1e-4 if precision == "fp32" else 0.1
+    allowed = 1e-4 if is_exact else 0.1
     if expected is not None and not math.isclose(loss, expected, abs_tol=allowed * (1 + expected)):
         raise CacheError(
             f"before the first step the loss is {loss:.6f}; it must be {expected:.6f}, because "
@@ -66,7 +67,7 @@ def check_step_zero(
     return loss
 
 
-def _tolerance(lengths: torch.Tensor, logps: torch.Tensor, precision: str) -> torch.Tensor:
-    if precision == "fp32":
+def _tolerance(lengths: torch.Tensor, logps: torch.Tensor, is_exact: bool) -> torch.Tensor:
+    if is_exact:
         return 1e-5 * lengths.sqrt() + 1e-6 * logps.abs()
     return 0.1 * lengths.sqrt()

@@ -82,13 +82,25 @@ def reference_logps(
     for example, row in zip(examples, keys, strict=True):
         for key, completion in zip(row, example.completions, strict=True):
             answers.setdefault(key, _Answer(key, example, completion))
-    # Two passes over the same rows have one id, so a pass that was cut off finds its own shards,
-    # while rows known from other passes are not computed again.
-    pass_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
-    known = store.read(skip_pass=pass_id)
-    missing = [answer for key, answer in answers.items() if key not in known]
-    own, num_computed = _compute_shards(model, missing, store, pass_id, layout, device, progress)
-    known.update(own)
+    shared = (model, store, layout, device)
+    rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
+    # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
+    # run again after others have added to the store, finds its own shards and its own values.
+    planned = store.read_plan(rows_id)
+    if planned is None:
+        stored = store.read()
+        planned = [key for key in answers if key not in stored]
+        store.write_plan(rows_id, planned)
+    own, num_computed = _compute_shards(
+        [answers[key] for key in planned], rows_id, *shared, progress
+    )
+    known = store.read(skip_pass=rows_id) | own
+    lost = [answer for key, answer in answers.items() if key not in known]
+    if lost:  # values of another pass that somebody has deleted since
+        lost_id = xxhash.xxh3_64_hexdigest(b"".join(answer.key for answer in lost))
+        again, num_again = _compute_shards(lost, lost_id, *shared, progress)
+        known |= again
+        num_computed += num_again
     sums = [[known[key].sum for key in row] for row in keys]
     return ReferenceLogps(
         sums=torch.tensor(sums, dtype=torch.float64, device=device),
@@ -98,10 +110,10 @@ def reference_logps(
 
 
 def _compute_shards(
-    model: nn.Module,
     missing: list[_Answer],
-    store: ReferenceStore,
     pass_id: str,
+    model: nn.Module,
+    store: ReferenceStore,
     layout: LayoutName,
     device: torch.device,
     progress: Progress | None,

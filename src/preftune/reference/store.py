@@ -1,6 +1,7 @@
 """Reference log-probs on disk: one small file a shard, one entry an answer.
 
     <cache_dir>/reference/<namespace>/namespace.json           what the values depend on
+    <cache_dir>/reference/<namespace>/<pass>.plan              the answers a pass computes
     <cache_dir>/reference/<namespace>/<pass>-00000.safetensors  keys, offsets, per_token, sums
 
 A shard is written beside and renamed, so it is whole or absent. Values are per-token log-probs in
@@ -8,7 +9,7 @@ fp32 with their sum in fp64, which serves every sequence loss and every beta.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,28 @@ class ReferenceStore:
             CacheError: a shard is damaged; a damaged value is never replaced by a default.
         """
         entries: dict[bytes, StoredLogps] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        shards = [(path.stat().st_mtime_ns, path) for path in self.folder.glob("*.safetensors")]
+        for _, path in sorted(shards):
             if skip_pass is None or not path.name.startswith(f"{skip_pass}-"):
-                entries.update(self.read_shard(path))
+                # The oldest value stays the value, whoever computed the same answer later.
+                entries = self.read_shard(path) | entries
         return entries
+
+    def read_plan(self, pass_id: str) -> list[bytes] | None:
+        """The answers that a pass has to compute, in order; None if it never started."""
+        path = self._plan_path(pass_id)
+        if not path.exists():
+            return None
+        packed = path.read_bytes()
+        return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+
+    def write_plan(self, pass_id: str, keys: Sequence[bytes]) -> None:
+        """Keep what a pass has to compute."""
+        with replacing(self._plan_path(pass_id)) as temporary:
+            temporary.write_bytes(b"".join(keys))
+
+    def _plan_path(self, pass_id: str) -> Path:
+        return self.folder / f"{pass_id}.plan"
 
     def read_shard(self, path: Path) -> dict[bytes, StoredLogps]:
         """The entries of one shard.
@@ -110,5 +129,11 @@ class ReferenceStore:
             "per_token": np.concatenate([entry.per_token for entry in entries.values()]),
             "sums": np.array([entry.sum for entry in entries.values()], dtype=np.float64),
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
+        try:
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(
+                f"cannot write reference log-probs to {path} ({error}); free some space or set "
+                "--cache_dir, and run the same command: finished shards are kept"
+            ) from error

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-ProgressStyle: TypeAlias = Literal["auto", "rich", "plain", "none"]
+from preftune.config.logging import Progress as ProgressStyle
+
 SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from preftune.errors import CheckpointError
 from preftune.files import fsync
+from preftune.metrics import MetricState
 from preftune.model.load import named_weights
 from preftune.training.step import TrainState
 
@@ -29,7 +30,7 @@ VERSION = 1
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, extra: dict[str, Any]
+    folder: Path, state: TrainState, model: nn.Module, window: MetricState, extra: dict[str, Any]
 ) -> None:
     """Write a checkpoint beside its place, flush it to disk, and rename it there.
 
@@ -37,6 +38,7 @@ def save_checkpoint(
         folder: `checkpoints/step-...`; it appears only when it is complete.
         state: of the training.
         model: the module inside the engine's wrapper, whose names the weights get.
+        window: metrics of all ranks since the last logging step.
         extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
     """
     temporary = folder.with_name(f".partial-{folder.name}")
@@ -50,7 +52,7 @@ def save_checkpoint(
             "version": VERSION,
             "step": state.step,
             "num_tokens": state.num_tokens,
-            "window": state.window.snapshot(),
+            "window": window,
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_state(),
             **extra,
@@ -59,58 +61,88 @@ def save_checkpoint(
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         if folder.exists():  # the same step, saved before a resume
-            shutil.rmtree(folder)
+            discard(folder)
         temporary.rename(folder)
         fsync(folder.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written ({error.strerror or error}); earlier "
-            "checkpoints are untouched; free some space or lower keep_last_n_checkpoints, and run "
-            "the same command to go on"
+            f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are "
+            "untouched; free some space or lower keep_last_n_checkpoints, and run the same command "
+            "to go on"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, state: TrainState, model: nn.Module) -> dict[str, Any]:
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; a deletion cut off half-way leaves nothing that looks complete."""
+    doomed = folder.with_name(f".deleted-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: it is absent, damaged, or of another version of preftune.
+    """
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        if document["version"] != VERSION:
+            raise ValueError(f"format {document['version']}, and this preftune reads {VERSION}")
+        _ = document["step"], document["config"], document["identity"], document["metrics_offset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    return document
+
+
+def load_checkpoint(
+    folder: Path, state: TrainState, model: nn.Module, *, is_main: bool = True
+) -> None:
     """Put weights, optimizer, counters, metrics and generators back as they were.
 
     Args:
         folder: a complete checkpoint.
         state: changed in place.
         model: the module inside the engine's wrapper.
-
-    Returns:
-        The JSON document of the checkpoint.
+        is_main: whether this rank takes over the metrics window, which is that of all ranks.
 
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
+    document = read_document(folder)
     try:
-        document = json.loads((folder / "state.json").read_text())
         weights = load_file(folder / "model.safetensors")
         optimizer = load_file(folder / "optimizer.safetensors")
         generators = load_file(folder / "rng.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} is damaged ({error}); delete that folder to go on from the "
-            "one before it"
-        ) from error
+        raise _damaged(folder, error) from error
     _restore_weights(folder, weights, model)
     _restore_optimizer(optimizer, state, model)
     state.step = document["step"]
     state.num_tokens = document["num_tokens"]
-    state.window.restore(document["window"], state.bad_step.device)
+    state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
-    return document
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {folder} is damaged ({error}); delete that folder to go on from the one "
+        "before it"
+    )
 
 
 def _restore_weights(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
     current = named_weights(model)
-    if current.keys() != weights.keys():
-        names = sorted(current.keys() ^ weights.keys())[:3]
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    other = [name for name, tensor in current.items() if shapes.get(name) != tensor.shape]
+    other += sorted(shapes.keys() - current.keys())
+    if other:
         raise CheckpointError(
-            f"the checkpoint {folder} belongs to another model: {', '.join(names)} stand in only "
-            "one of the two; give the model that the run was started with"
+            f"the checkpoint {folder} belongs to another model: {', '.join(other[:3])} differ in "
+            "shape or stand in only one of the two; give the model that the run was started with"
         )
     with torch.no_grad():
         for name, tensor in current.items():

@@ -90,10 +90,11 @@ class TrainingLoop:
     def _after_step(self, update: Update, request: StopRequest) -> None:
         step = self.state.step
         record: dict[str, float] = {}
+        stopping = self.runtime.any_rank(request.signal_name is not None) and step < self.num_steps
         logging = step % self.config.logging_steps == 0 or step == self.num_steps
         saving = self._checkpoint_due(step)
         evaluating = self.evaluate is not None and self._evaluation_due(step)
-        if logging or saving or evaluating or request.signal_name:
+        if logging or saving or evaluating or stopping:
             self._stop_if_diverged()  # host sync
         if logging:
             record |= self._logged_metrics()
@@ -102,12 +103,12 @@ class TrainingLoop:
         if record and self.runtime.is_main:
             self.metrics_file.append({"step": step, **record})
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
-        if saving or (request.signal_name and step < self.num_steps):
+        if saving or stopping:
             self.save()
-        if request.signal_name and step < self.num_steps:
+        if stopping:
             raise Interrupted(
-                f"{request.signal_name} received: stopped after step {step} of {self.num_steps}, "
-                "with a checkpoint saved; run the same command again to go on"
+                f"{request.signal_name or 'a signal'} received: stopped after step {step} of "
+                f"{self.num_steps}, with a checkpoint saved; run the same command again to go on"
             )
 
     def _logged_metrics(self) -> dict[str, float]:
@@ -163,6 +164,8 @@ class TrainingLoop:
         every = self.config.checkpointing_steps
         if every is None:
             return False
+        if step == self.num_steps:
+            return True
         if every == "epoch":
             return step % self.sampler.steps_per_epoch == 0
         return step % int(every) == 0

@@ -73,7 +73,7 @@ def make_schedule(config: TrainingConfig, num_steps: int) -> Schedule:
 
 
 def warmup_steps(config: TrainingConfig, num_steps: int) -> int:
-    """Steps of linear warm-up: given, or a share of the run rounded up."""
+    """Steps of linear warm-up: given, or a share of the run rounded up, but never the whole run."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return math.ceil(num_steps * (config.warmup_ratio or 0.0) - 1e-9)
+    return min(num_steps - 1, math.ceil(num_steps * (config.warmup_ratio or 0.0) - 1e-9))

@@ -1,6 +1,7 @@
 """A run's folder: what lies in it, and whether a new command may go on there."""
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from preftune.config.experiment import ExperimentConfig
 from preftune.errors import CheckpointError
 from preftune.files import write_atomically
+from preftune.training.checkpoint import discard, read_document
 
 # What may differ between the command that started a run and the one that goes on with it.
 MAY_CHANGE = frozenset(
@@ -63,6 +65,10 @@ class RunFolder:
     def final(self) -> Path:
         """The trained model in the Hugging Face format."""
         return self.root / "final"
+
+    def has_content(self) -> bool:
+        """Whether anything lies there but what a kill during the first write left."""
+        return any(not path.name.startswith(".run.json.") for path in self.root.iterdir())
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""
@@ -117,11 +123,8 @@ def plan_start(config: ExperimentConfig) -> RunStart:
     explicit = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
     if explicit is not None:
         _check_checkpoint(config, explicit)
-    if folder.root.exists() and not folder.root.is_dir():
-        raise CheckpointError(
-            f"output_dir is {config.output_dir!r}, which is a file; give a folder"
-        )
-    if not folder.root.exists() or not any(folder.root.iterdir()):
+    check_writable("output_dir", folder.root)
+    if not folder.root.exists() or not folder.has_content():
         return RunStart(folder, "resume" if explicit else "new", explicit)
     if config.resume == "never":
         raise CheckpointError(
@@ -148,6 +151,9 @@ def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -
         _check_nothing_left(config, manifest)
         return RunStart(folder, "finished")
     checkpoints = folder.list_checkpoints()
+    if explicit is not None and manifest.get("resumed_from") == str(explicit.resolve()):
+        # The same command again: the branch made from that checkpoint goes on.
+        return RunStart(folder, "resume", (checkpoints or [explicit])[-1])
     if explicit is None:
         return RunStart(folder, "resume" if checkpoints else "new", (checkpoints or [None])[-1])
     if any(path.name > explicit.name for path in checkpoints):
@@ -176,7 +182,25 @@ def _check_checkpoint(config: ExperimentConfig, path: Path) -> None:
             f"resume is {config.resume!r}: no complete checkpoint is there (it would hold a "
             "state.json); give auto, never or a folder such as RUN/checkpoints/step-00000100"
         )
-    _check_same_config(config, json.loads(state.read_text())["config"], str(path))
+    _check_same_config(config, read_document(path)["config"], str(path))
+
+
+def check_writable(key: str, path: Path) -> Path:
+    """The nearest existing folder of `path`, which is one or is to become one.
+
+    Raises:
+        CheckpointError: a file stands in the way, or the folder cannot be written to.
+    """
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise CheckpointError(f"{key} is {str(path)!r}, but {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(
+            f"{key} is {str(path)!r}: {existing} is not writable; give another --{key}"
+        )
+    return existing
 
 
 def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], where: str) -> None:
@@ -211,11 +235,8 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def remove_old_checkpoints(folder: RunFolder, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; None keeps all."""
-    if keep is None:
-        return
-    for path in folder.list_checkpoints()[:-keep]:
-        # Renamed first: a deletion that is cut off must not leave a folder that looks complete.
-        doomed = path.with_name(f".deleted-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    """Delete all but the newest `keep` checkpoints (None keeps all), and what kills left behind."""
+    for leftover in folder.checkpoints.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in folder.list_checkpoints()[:-keep] if keep else []:
+        discard(path)

@@ -42,7 +42,8 @@ def train_step(
     """Train on one global batch.
 
     The gradient is that of sum(loss) / count over the pairs of all micro-batches of all ranks, so
-    it does not depend on how the batch was dealt. Nothing here waits for the device.
+    it does not depend on how the batch was dealt. On one process nothing here waits for the
+    device; on several, the count of pairs does.
 
     Args:
         state: changed in place.

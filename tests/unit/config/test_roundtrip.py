@@ -80,7 +80,6 @@ others = given_or_not(
     resume=text,
     cache_dir=text,
     seed=seeds,
-    data_seed=st.none() | seeds,
     learning_rate=positive,
     max_grad_norm=st.none() | positive | st.just(0),
     weight_decay=positive,
@@ -89,11 +88,13 @@ others = given_or_not(
     checkpointing_steps=st.none() | st.just("epoch") | counts,
     keep_last_n_checkpoints=st.none() | counts,
     mixed_precision=st.sampled_from(["auto", "fp32", "bf16", "no"]),
-    shuffle=st.booleans(),
     concatenated_forward=st.none() | st.booleans(),
     progress=st.sampled_from(["auto", "rich", "plain", "none"]),
 )
-configs = st.tuples(losses, lengths, warmups, optimizers, evaluations, others).map(
+orders = st.fixed_dictionaries({"shuffle": st.just(False)}) | st.fixed_dictionaries(
+    {"shuffle": st.just(True), "data_seed": st.none() | seeds}
+)
+configs = st.tuples(orders, losses, lengths, warmups, optimizers, evaluations, others).map(
     lambda parts: ExperimentConfig(**NEEDED, **{k: v for part in parts for k, v in part.items()})
 )
 

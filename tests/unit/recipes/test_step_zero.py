@@ -23,7 +23,7 @@ def check(tmp_path, loss_type="dpo", change=None, model=None):
     sums = reference_logps(policy, examples, store, layout="concatenated", device=CPU).sums
     batcher = PairBatcher(examples, sums if change is None else change(sums), "concatenated", CPU)
     objective = PreferenceObjective(make_loss(DPOLossType(loss_type)))
-    return check_step_zero(model or policy, objective, batcher, [0, 1, 2, 3], precision="fp32")
+    return check_step_zero(model or policy, objective, batcher, [0, 1, 2, 3], is_exact=True)
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "dpo_norm"])

@@ -155,3 +155,28 @@ def test_an_unwritable_cache_is_an_error_with_a_remedy(tmp_path):
     blocked.write_text("")
     with pytest.raises(CacheError, match="--cache_dir"):
         ReferenceStore(blocked, "ns", {})
+
+
+def test_a_pass_keeps_its_own_values_when_others_add_theirs(tmp_path, small_shards):
+    """Two jobs on overlapping rows: whoever comes later changes nothing of the other's."""
+    ours, theirs = make_examples(30)[:20], make_examples(30)[10:]
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path, ours, CountingModel(fail_at=4))
+    compute(tmp_path, theirs)
+    first = compute(tmp_path, ours)
+    compute(tmp_path, make_examples(30))
+    model = CountingModel()
+    second = compute(tmp_path, ours, model)
+    assert model.num_forwards == 0
+    assert torch.equal(first.sums, second.sums)
+
+
+def test_deleted_values_of_another_pass_are_computed_again(tmp_path, small_shards):
+    compute(tmp_path, make_examples(9)[:6])
+    shards = set((tmp_path / "reference" / "ns").glob("*.safetensors"))
+    whole = compute(tmp_path, make_examples(9))
+    for shard in shards:
+        shard.unlink()
+    again = compute(tmp_path, make_examples(9))
+    assert (again.num_computed, again.num_reused) == (12, 6)
+    assert torch.allclose(whole.sums, again.sums, atol=1e-4)
