@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN = $(VENV)/bin
 TORCH = $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST = $(BIN)/python -m pytest -q
+# Two processes of one thread each: the tests' models are far too small for more threads.
+PARALLEL = -n 2
 
 .PHONY: demo test test-all check bench fmt clean
 
@@ -30,10 +32,11 @@ demo: $(VENV)/.run  ## train the embedded model on the embedded pairs and show w
 	$(BIN)/preftune quickstart
 
 test: $(VENV)/.dev  ## the tests that run in a few minutes on two cores
-	$(PYTEST) -m "not slow and not gpu and not peers"
+	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not peers"
 
 test-all: $(VENV)/.dev  ## every test; those without their device, data or peer skip with a reason
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow"
+	$(PYTEST) -m slow -s
 
 check: $(VENV)/.dev  ## format, lint, types, import direction
 	$(BIN)/ruff format --check .

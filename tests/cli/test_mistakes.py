@@ -173,3 +173,18 @@ def test_a_tokenizer_of_another_model(capsys, tmp_path, settings):
     config = json.loads(config_file.read_text()) | {"vocab_size": 200}
     config_file.write_text(json.dumps(config))
     fails(capsys, tmp_path, arguments(settings), "only 200 tokens", "tokenizer_name_or_path")
+
+
+def test_a_chat_template_for_plain_text(capsys, tmp_path, settings):
+    file = write_jsonl(tmp_path / "text.jsonl", make_pairs(10, chat=False))
+    words = arguments(settings | {"dataset_name": file, "chat_template": "chatml"})
+    fails(capsys, tmp_path, words, "chat_template is 'chatml'", "plain text", "leave it out")
+
+
+def test_what_is_not_read_yet_is_said(capsys, tmp_path, settings):
+    rows = [row | {"weight": 2.0} for row in make_pairs(10, chat=False)]
+    file = write_jsonl(tmp_path / "text.jsonl", rows)
+    assert main(["check", *arguments(settings | {"dataset_name": file})]) == 0
+    printed = capsys.readouterr().out
+    assert "6 are plain text, without a chat template" in printed
+    assert "columns not read yet: weight" in printed

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_DROPPED_ROWS_KEPT = 1000
+NOT_READ_YET = frozenset({"weight", "margin"})
 _ROWS_AT_A_TIME = 64
 
 
@@ -57,6 +58,10 @@ class PairDataset:
     counts: RowCounts
     fingerprint: str
     """xxh3_128, in hex, of the kept token ids, masks and order."""
+    text_row_ids: frozenset[str] = field(default=frozenset(), repr=False)
+    """Which rows are plain text, to which no chat template applies."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns with a meaning to preftune that this version does not read."""
     truncated_row_ids: frozenset[str] = field(default=frozenset(), repr=False)
     """Which rows were cut, so that splits count them on the right side."""
 
@@ -106,7 +111,8 @@ def load_pairs(
     encode = PairTokenizer(tokenizer)
     rows = islice(source.rows, max_rows)
     while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
-        for result in _tokenize_rows(chunk, name, mapping, encode):
+        tally.unread_columns.update(key for _, raw in chunk for key in NOT_READ_YET & raw.keys())
+        for result in _tokenize_rows(chunk, name, mapping, encode, tally):
             tally.add(result, limits)
         if progress is not None:
             progress(tally.read, total)
@@ -127,13 +133,19 @@ def fingerprint(examples: Iterable[TokenizedExample]) -> str:
 
 
 def _tokenize_rows(
-    rows: list[RawRow], dataset: str, column_map: Mapping[str, str], encode: PairTokenizer
+    rows: list[RawRow],
+    dataset: str,
+    column_map: Mapping[str, str],
+    encode: PairTokenizer,
+    tally: "_Tally",
 ) -> Iterator[TokenizedExample | Dropped]:
     parsed = [
         parse_row(row_id, raw, dataset=dataset, column_map=column_map) for row_id, raw in rows
     ]
+    examples = [row for row in parsed if isinstance(row, Example)]
+    tally.text_rows.update(e.row_id for e in examples if isinstance(e.prompt, str))
     try:
-        encoded = iter(encode([row for row in parsed if isinstance(row, Example)]))
+        encoded = iter(encode(examples))
     except DataError as error:
         raise DataError(f"dataset {dataset}: {error}") from error
     for row in parsed:
@@ -150,6 +162,8 @@ class _Tally:
         self.first: dict[DropReason, list[Dropped]] = {}
         self.dropped_rows: list[tuple[str, str]] = []
         self.truncated: list[str] = []
+        self.text_rows: set[str] = set()
+        self.unread_columns: set[str] = set()
 
     def add(self, result: TokenizedExample | Dropped, limits: Limits) -> None:
         self.read += 1
@@ -208,7 +222,15 @@ class _Tally:
             dropped_rows=tuple(self.dropped_rows),
         )
         examples = tuple(self.kept)
-        return PairDataset(name, examples, counts, fingerprint(examples), frozenset(self.truncated))
+        return PairDataset(
+            name=name,
+            examples=examples,
+            counts=counts,
+            fingerprint=fingerprint(examples),
+            text_row_ids=frozenset(e.row_id for e in examples) & self.text_rows,
+            unread_columns=tuple(sorted(self.unread_columns)),
+            truncated_row_ids=frozenset(self.truncated),
+        )
 
 
 def _at_least(fraction: float) -> float:

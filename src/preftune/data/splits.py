@@ -2,6 +2,7 @@
 
 import struct
 from collections import Counter
+from dataclasses import replace
 
 import xxhash
 
@@ -79,7 +80,8 @@ def _rank(seed: int, key: int) -> tuple[int, int]:
 
 def _side(dataset: PairDataset, test_keys: set[int], *, test: bool) -> PairDataset:
     examples = tuple(e for e in dataset.examples if (e.prompt_key in test_keys) == test)
-    cut = frozenset(e.row_id for e in examples) & dataset.truncated_row_ids
+    row_ids = frozenset(e.row_id for e in examples)
+    cut = row_ids & dataset.truncated_row_ids
     whole = dataset.counts
     counts = RowCounts(
         read=len(examples) if test else len(examples) + whole.read - whole.kept,
@@ -88,4 +90,11 @@ def _side(dataset: PairDataset, test_keys: set[int], *, test: bool) -> PairDatas
         truncated=len(cut),
         dropped_rows=() if test else whole.dropped_rows,
     )
-    return PairDataset(dataset.name, examples, counts, fingerprint(examples), cut)
+    return replace(
+        dataset,
+        examples=examples,
+        counts=counts,
+        fingerprint=fingerprint(examples),
+        text_row_ids=row_ids & dataset.text_row_ids,
+        truncated_row_ids=cut,
+    )

@@ -15,7 +15,7 @@ from preftune.data.splits import split_by_prompt
 from preftune.errors import ConfigError, ModelError
 from preftune.model.load import check_model_files, load_model_config, load_tokenizer
 from preftune.schema import TokenizedExample
-from preftune.tracking.progress import ProgressDisplay
+from preftune.tracking.progress import ProgressDisplay, counting
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,35 @@ def load_dataset_pairs(
         raise ConfigError(
             f"the split asked for is {split!r}, but {name} is one file without splits; leave it out"
         )
-    dataset = load_pairs(
-        name,
-        split=split,
-        column_map=config.column_map,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.truncation,
-        max_dropped_fraction=config.max_dropped_fraction,
-        max_rows=max_rows,
-    )
+    with display.stage("tokenise", None, "row") as update:
+        dataset = load_pairs(
+            name,
+            split=split,
+            column_map=config.column_map,
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation=config.truncation,
+            max_dropped_fraction=config.max_dropped_fraction,
+            max_rows=max_rows,
+            progress=counting(update),
+        )
     display.say(describe_counts(dataset))
     return dataset
 
 
 def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
-    """Refuse rows that the model's embeddings cannot take, before weights load.
+    """Refuse rows that model and settings do not fit, before weights load.
 
     Raises:
-        ConfigError: a row is longer than the model's positions.
+        ConfigError: a row is longer than the model's positions, or a chat template has no use.
         ModelError: the tokenizer makes ids that the model does not have.
     """
+    if config.chat_template is not None and len(dataset.text_row_ids) == len(dataset.examples):
+        raise ConfigError(
+            f"chat_template is {config.chat_template!r}, but all rows of {dataset.name} are plain "
+            "text, to which no template applies; leave it out, or give messages"
+        )
     model_config = load_model_config(config).get_text_config()
     longest = max(dataset.examples, key=lambda example: max(example.lengths))
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -141,4 +148,8 @@ def describe_counts(dataset: PairDataset) -> str:
         text += f", dropped: {dropped} (first: {first})"
     if counts.truncated:
         text += f", {counts.truncated} truncated"
+    if dataset.text_row_ids:
+        text += f"; {len(dataset.text_row_ids)} are plain text, without a chat template"
+    if dataset.unread_columns:
+        text += f"; columns not read yet: {', '.join(dataset.unread_columns)}"
     return text

@@ -47,8 +47,8 @@ class ProgressDisplay:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str, start: int = 0) -> Iterator[Update]:
-        """Show a stage of `total` things, of which `start` were done earlier."""
+    def stage(self, name: str, total: int | None, unit: str, start: int = 0) -> Iterator[Update]:
+        """Show a stage of `total` things (None: unknown), of which `start` were done earlier."""
         if self._style == "rich":
             with self._rich_stage(name, total, unit, start) as update:
                 yield update
@@ -58,7 +58,7 @@ class ProgressDisplay:
             yield lambda done, values=None: None
 
     @contextmanager
-    def _rich_stage(self, name: str, total: int, unit: str, start: int) -> Iterator[Update]:
+    def _rich_stage(self, name: str, total: int | None, unit: str, start: int) -> Iterator[Update]:
         # rich allows one live view at a time, so a stage inside another is a line of its view.
         with self._live_view() as live:
             task = live.add_task(name, total=total, completed=start, rate="", shown="")
@@ -97,20 +97,25 @@ class ProgressDisplay:
                 self._live.stop()
                 self._live = None
 
-    def _plain_stage(self, name: str, total: int, unit: str, start: int) -> Update:
+    def _plain_stage(self, name: str, total: int | None, unit: str, start: int) -> Update:
         began = time.monotonic()
-        printed = [began - SECONDS_BETWEEN_LINES]
+        # A stage of known size shows at once; one of unknown size only if it takes long.
+        printed = [began if total is None else began - SECONDS_BETWEEN_LINES]
 
         def update(done: int, values: Mapping[str, float] | None = None) -> None:
             now = time.monotonic()
-            if done < total and now - printed[0] < SECONDS_BETWEEN_LINES:
+            if done != total and now - printed[0] < SECONDS_BETWEEN_LINES:
                 return
             printed[0] = now
             rate = (done - start) / max(now - began, 1e-9)
-            left = (total - done) / rate if rate > 0 else 0.0
+            text = f"{name}: {done}"
+            if total is not None:
+                text += f"/{total}"
+            text += f"  {_rate(rate, unit)}"
+            if total is not None and rate > 0:
+                text += f"  {_duration((total - done) / rate)} left"
             print(
-                f"{name}: {done}/{total}  {_rate(rate, unit)}  {_duration(left)} left"
-                f"  {_shown(values)}".rstrip(),
+                f"{text}  {_shown(values)}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
@@ -118,7 +123,7 @@ class ProgressDisplay:
         return update
 
 
-def counting(update: Update) -> Callable[[int, int], None]:
+def counting(update: Update) -> Callable[[int, int | None], None]:
     """An `Update` as the (done, total) callback that the lower layers take."""
     return lambda done, total: update(done)
 

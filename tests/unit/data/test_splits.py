@@ -34,7 +34,7 @@ def dataset(prompts: list[int], truncated: frozenset[str] = frozenset()) -> Pair
         truncated=len(truncated),
         dropped_rows=(("g:1", "equal_completions"), ("g:2", "equal_completions")),
     )
-    return PairDataset("set", examples, counts, fingerprint(examples), truncated)
+    return PairDataset("set", examples, counts, fingerprint(examples), truncated_row_ids=truncated)
 
 
 @given(
