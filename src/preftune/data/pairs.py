@@ -1,33 +1,38 @@
-"""Load a dataset of preference pairs: rows in, tokenised pairs and exact counts out."""
+"""Load preference pairs: sources in, tokenised pairs and exact counts out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import xxhash
 
-from preftune.data.formats import check_column_map, parse_row
-from preftune.data.reasons import LENGTH_REASONS, MEANING, Dropped, DropReason
-from preftune.data.sources import RawRow, open_source
-from preftune.data.tokenize import PairTokenizer
-from preftune.data.truncate import Limits, truncate
+from preftune.data.reasons import LENGTH_REASONS, MEANING, Dropped
+from preftune.data.sources import open_source
+from preftune.data.table import (
+    TokenizedRow,
+    TokenRows,
+    apply_limits,
+    dropped_rows,
+    kept_positions,
+    make_table,
+)
+from preftune.data.tokenized import Progress, Recipe, Tokenized, tokenize_source
+from preftune.data.transforms import load_transforms
+from preftune.data.truncate import Limits
 from preftune.errors import ConfigError, DataError
-from preftune.schema import Example, TokenizedExample
+from preftune.schema import TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_DROPPED_ROWS_KEPT = 1000
-NOT_READ_YET = frozenset({"weight", "margin"})
-_ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows read; `read == kept + sum(dropped.values())`."""
+    """What became of the rows read; `read == kept + sum(dropped.values()) + not_drawn`."""
 
     read: int
     kept: int
@@ -37,6 +42,8 @@ class RowCounts:
     """Rows that were cut and kept."""
     dropped_rows: tuple[tuple[str, str], ...]
     """(row id, reason) of the first `MAX_DROPPED_ROWS_KEPT` dropped rows."""
+    not_drawn: int = 0
+    """Rows that could be trained on and that a mixer's amount left out."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for `run.json`."""
@@ -44,192 +51,278 @@ class RowCounts:
             "read": self.read,
             "kept": self.kept,
             "dropped": dict(self.dropped),
+            "not_drawn": self.not_drawn,
             "truncated": self.truncated,
             "dropped_rows": [list(row) for row in self.dropped_rows],
         }
 
 
 @dataclass(frozen=True)
-class PairDataset:
-    """Tokenised pairs in the order of the data."""
+class SourceCounts:
+    """One source of a dataset."""
 
     name: str
-    examples: tuple[TokenizedExample, ...]
+    split: str
+    revision: str | None
+    """The commit, of a dataset of the Hub."""
+    amount: int | float | None
+    """What the mixer asks for; None for all."""
     counts: RowCounts
-    fingerprint: str
-    """xxh3_128, in hex, of the kept token ids, masks and order."""
-    text_row_ids: frozenset[str] = field(default=frozenset(), repr=False)
-    """Which rows are plain text, to which no chat template applies."""
+    num_drawn: int
+    """Rows that it gives to the mix, repeats counted."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values for `run.json`."""
+        plain = {"name": self.name, "split": self.split, "revision": self.revision}
+        plain |= {"amount": self.amount, "drawn": self.num_drawn}
+        return plain | self.counts.as_dict()
+
+
+@dataclass(frozen=True)
+class PairDataset:
+    """Tokenised pairs in the order of the data; they stay on disk until they are read."""
+
+    name: str
+    examples: TokenRows
+    counts: RowCounts
+    sources: tuple[SourceCounts, ...] = ()
+    copies: np.ndarray | None = None
+    """(rows,) How often each row shall stand in training; None: once. See `repeated`."""
     unread_columns: tuple[str, ...] = ()
     """Columns with a meaning to preftune that this version does not read."""
-    truncated_row_ids: frozenset[str] = field(default=frozenset(), repr=False)
-    """Which rows were cut, so that splits count them on the right side."""
+    reused: bool = False
+    """Whether all tokens came from the cache."""
+
+    @property
+    def num_text_rows(self) -> int:
+        """Rows of plain text, to which no chat template applies."""
+        return int(self.examples.is_text.sum())
+
+    @classmethod
+    def of(cls, name: str, examples: Sequence[TokenizedExample]) -> "PairDataset":
+        """A dataset of rows that are at hand."""
+        table = make_table([TokenizedRow(example) for example in examples], name)
+        rows = TokenRows([table], [name], [kept_positions(table)], Limits(None, None, "drop"))
+        return cls(name, rows, RowCounts(len(rows), len(rows), {}, 0, ()))
+
+    def take(self, rows: np.ndarray) -> "PairDataset":
+        """The rows at `rows`, in that order; the counts stay those of the whole."""
+        copies = None if self.copies is None else self.copies[rows]
+        return replace(self, examples=self.examples.take(rows), copies=copies)
+
+    def repeated(self) -> "PairDataset":
+        """Every row as often as `copies` asks, copies side by side."""
+        if self.copies is None:
+            return self
+        rows = np.repeat(np.arange(len(self.examples)), self.copies)
+        return replace(self, examples=self.examples.take(rows), copies=None)
 
 
 def load_pairs(
-    name: str,
+    sources: str | Sequence[tuple[str, int | float | None]],
     *,
     split: str = "train",
-    column_map: Mapping[str, str] | None,
     tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
-    max_prompt_length: int | None,
-    truncation: Literal["drop", "keep_start", "keep_end"],
-    max_dropped_fraction: float,
+    column_map: Mapping[str, str] | None = None,
+    transforms: Sequence[str] = (),
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    truncation: Literal["drop", "keep_start", "keep_end"] = "drop",
+    max_dropped_fraction: float = 0.01,
     max_rows: int | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    num_proc: int = 1,
+    progress: Progress | None = None,
 ) -> PairDataset:
-    """Read, check and tokenise a dataset of pairs.
+    """Read, check and tokenise pairs from one source or a mix of several.
 
     Args:
-        name: a file (.jsonl, .json, .parquet, .csv), a folder of such files, or a Hub id.
-        split: of a folder or Hub dataset.
-        column_map: our name (prompt, chosen, rejected, tools, source) -> the data's name.
+        sources: a file (.jsonl, .json, .parquet, .csv), a folder of such files or a Hub id; or
+            several with the amount of each: a part of its usable rows (float; above 1 repeats
+            rows), a number of rows (int), or None for all.
+        split: of folders and Hub datasets.
         tokenizer: from transformers, with its chat template set; not changed.
+        column_map: our name (prompt, chosen, rejected, tools, source) -> the data's name.
+        transforms: names of row functions, applied in order; see `data.transforms`.
         max_length: most tokens of prompt and one answer together; None for no limit.
         max_prompt_length: most tokens of the prompt; None for no limit.
         truncation: what becomes of longer rows; see `data.truncate`.
-        max_dropped_fraction: most of the rows, in 0..1, that may be dropped for other reasons.
-        max_rows: read no more rows than this; None for all.
-        progress: called now and then with (rows read, rows in all or None).
+        max_dropped_fraction: most rows of a source, in 0..1, that may be dropped for other reasons.
+        max_rows: read no more rows of a source than this; None for all.
+        seed: of which rows are drawn where a source gives a part of its rows.
+        cache: folder of tokenised sources; None keeps nothing.
+        num_proc: processes that tokenise.
+        progress: called now and then with (rows done, rows in all or None).
 
     Raises:
-        DataError: the source or a row cannot be read, too many rows are untrainable, or none is
+        DataError: a source or a row cannot be read, too many rows are untrainable, or none is
             left.
-        ConfigError: a limit that leaves no room for a row.
+        ConfigError: a limit that leaves no room for a row, or an unknown transform.
+        CacheError: the cache cannot be written or read.
     """
     limits = Limits(max_length, max_prompt_length, truncation)
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
-    mapping = dict(column_map or {})
-    check_column_map(mapping)
-    source = open_source(name, split)
-    total = source.total
-    if max_rows is not None:
-        total = None if total is None else min(total, max_rows)
-    tally = _Tally()
-    encode = PairTokenizer(tokenizer)
-    rows = islice(source.rows, max_rows)
-    while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
-        tally.unread_columns.update(key for _, raw in chunk for key in NOT_READ_YET & raw.keys())
-        for result in _tokenize_rows(chunk, name, mapping, encode, tally):
-            tally.add(result, limits)
-        if progress is not None:
-            progress(tally.read, total)
-    tally.check(f"{name} (split {split})", limits, max_dropped_fraction)
-    return tally.dataset(name)
+    wanted = [(sources, None)] if isinstance(sources, str) else list(sources)
+    recipe = Recipe(tokenizer, dict(column_map or {}), load_transforms(transforms))
+    opened = [open_source(name, split) for name, _ in wanted]
+    totals = [source.total for source in opened]
+    total = None if None in totals or max_rows is not None else sum(t or 0 for t in totals)
+    parts: list[_Part] = []
+    num_done = 0
+    for source, (_, amount) in zip(opened, wanted, strict=True):
+
+        def report(num_rows: int, _: int | None, before: int = num_done) -> None:
+            if progress is not None:
+                progress(before + num_rows, total)
+
+        tokenized = tokenize_source(
+            source, recipe, cache=cache, max_rows=max_rows, num_proc=num_proc, progress=report
+        )
+        num_done += len(tokenized.table)
+        parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
+    return _mixed(parts, limits)
 
 
-def fingerprint(examples: Iterable[TokenizedExample]) -> str:
-    """xxh3_128, in hex, of token ids, masks and order; lengths keep neighbours apart."""
-    digest = xxhash.xxh3_128()
-    for example in examples:
-        parts: list[int] = [len(example.prompt_ids), *example.prompt_ids, len(example.completions)]
-        for completion in example.completions:
-            parts += [len(completion.ids), *completion.ids]
-            parts += [-1] if completion.scored is None else [int(s) for s in completion.scored]
-        digest.update(np.asarray(parts, dtype=np.int64).tobytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one source that are in the mix."""
+
+    tokenized: Tokenized
+    positions: np.ndarray
+    copies: np.ndarray
+    counts: SourceCounts
 
 
-def _tokenize_rows(
-    rows: list[RawRow],
-    dataset: str,
-    column_map: Mapping[str, str],
-    encode: PairTokenizer,
-    tally: "_Tally",
-) -> Iterator[TokenizedExample | Dropped]:
-    parsed = [
-        parse_row(row_id, raw, dataset=dataset, column_map=column_map) for row_id, raw in rows
-    ]
-    examples = [row for row in parsed if isinstance(row, Example)]
-    tally.text_rows.update(e.row_id for e in examples if isinstance(e.prompt, str))
-    try:
-        encoded = iter(encode(examples))
-    except DataError as error:
-        raise DataError(f"dataset {dataset}: {error}") from error
-    for row in parsed:
-        yield next(encoded) if isinstance(row, Example) else row
+def _usable(
+    tokenized: Tokenized,
+    limits: Limits,
+    max_dropped_fraction: float,
+    amount: int | float | None,
+    seed: int,
+) -> _Part:
+    """Apply limits, count, and draw the rows of one source."""
+    source, table = tokenized.source, tokenized.table
+    kept, over = apply_limits(table, source.name, limits)
+    tally = _Tally(len(table), len(kept), [*dropped_rows(table), *over])
+    tally.check(f"{source.name} (split {source.split})", limits, max_dropped_fraction)
+    copies = draw(len(kept), amount, seed=[seed, int(source.fingerprint[:8], 16)])
+    drawn = np.flatnonzero(copies)
+    rows = TokenRows([table], [source.name], [kept[drawn]], limits)
+    counts = tally.counts(num_drawn=len(drawn), truncated=int(rows.is_cut.sum()))
+    about = (source.name, source.split, source.revision, amount)
+    return _Part(
+        tokenized, kept[drawn], copies[drawn], SourceCounts(*about, counts, int(copies.sum()))
+    )
+
+
+def draw(num_rows: int, amount: int | float | None, seed: Sequence[int]) -> np.ndarray:
+    """How often each row of a source stands in the mix.
+
+    Which rows are left out, or repeated once more than others, is decided by the seed; a larger
+    amount holds all rows of a smaller one.
+
+    Args:
+        num_rows: usable rows of the source, 1 or more.
+        amount: a part of them (float), a number of rows (int), or None for each once.
+        seed: of the choice.
+
+    Returns:
+        (rows,) int64 counts; their sum is the amount, and at least 1.
+    """
+    if amount is None:
+        return np.ones(num_rows, dtype=np.int64)
+    wanted = amount if isinstance(amount, int) else max(1, round(amount * num_rows))
+    copies = np.full(num_rows, wanted // num_rows, dtype=np.int64)
+    copies[np.random.default_rng(seed).permutation(num_rows)[: wanted % num_rows]] += 1
+    return copies
+
+
+def _mixed(parts: list[_Part], limits: Limits) -> PairDataset:
+    names = [part.tokenized.source.name for part in parts]
+    examples = TokenRows(
+        [part.tokenized.table for part in parts], names, [part.positions for part in parts], limits
+    )
+    sources = tuple(part.counts for part in parts)
+    copies = np.concatenate([part.copies for part in parts])
+    return PairDataset(
+        name=" + ".join(names),
+        examples=examples,
+        counts=_summed([source.counts for source in sources]),
+        sources=sources,
+        copies=None if (copies == 1).all() else copies,
+        unread_columns=tuple(sorted({c for p in parts for c in p.tokenized.unread_columns})),
+        reused=all(part.tokenized.reused for part in parts),
+    )
+
+
+def _summed(counts: Sequence[RowCounts]) -> RowCounts:
+    dropped: Counter[str] = Counter()
+    for part in counts:
+        dropped.update(part.dropped)
+    rows = [row for part in counts for row in part.dropped_rows]
+    return RowCounts(
+        read=sum(part.read for part in counts),
+        kept=sum(part.kept for part in counts),
+        dropped=dict(sorted(dropped.items())),
+        truncated=sum(part.truncated for part in counts),
+        dropped_rows=tuple(rows[:MAX_DROPPED_ROWS_KEPT]),
+        not_drawn=sum(part.not_drawn for part in counts),
+    )
 
 
 class _Tally:
-    """Keeps what is trained on and counts the rest."""
+    """What became of the rows of one source."""
 
-    def __init__(self) -> None:
-        self.read = 0
-        self.kept: list[TokenizedExample] = []
-        self.dropped: Counter[DropReason] = Counter()
-        self.first: dict[DropReason, list[Dropped]] = {}
-        self.dropped_rows: list[tuple[str, str]] = []
-        self.truncated: list[str] = []
-        self.text_rows: set[str] = set()
-        self.unread_columns: set[str] = set()
-
-    def add(self, result: TokenizedExample | Dropped, limits: Limits) -> None:
-        self.read += 1
-        row = result if isinstance(result, Dropped) else truncate(result, limits)
-        if isinstance(row, Dropped):
-            self.dropped[row.reason] += 1
-            if len(self.dropped_rows) < MAX_DROPPED_ROWS_KEPT:
-                self.dropped_rows.append((row.row_id, row.reason.value))
-            examples = self.first.setdefault(row.reason, [])
-            if len(examples) < 3:
-                examples.append(row)
-            return
-        if row is not result:
-            self.truncated.append(row.row_id)
-        self.kept.append(row)
+    def __init__(self, num_read: int, num_usable: int, dropped: Sequence[Dropped]) -> None:
+        self.num_read = num_read
+        self.num_usable = num_usable
+        self.dropped = dropped
+        self.numbers = Counter(row.reason for row in dropped)
 
     def check(self, where: str, limits: Limits, max_dropped_fraction: float) -> None:
-        """Refuse a dataset that lost too many rows, or all.
+        """Refuse a source that lost too many rows, or all.
 
         Raises:
             DataError: naming the counts, the first rows of each reason, and the remedies.
         """
-        if not self.read:
+        if not self.num_read:
             raise DataError(f"{where}: holds no rows; choose another split or file")
-        faulty = sum(n for reason, n in self.dropped.items() if reason not in LENGTH_REASONS)
-        if faulty / self.read > max_dropped_fraction:
+        faulty = sum(n for reason, n in self.numbers.items() if reason not in LENGTH_REASONS)
+        if faulty / self.num_read > max_dropped_fraction:
             raise DataError(
-                f"{where}: {faulty} of {self.read} rows ({faulty / self.read:.1%}) cannot be "
-                f"trained on, and max_dropped_fraction allows {max_dropped_fraction:g}.\n"
+                f"{where}: {faulty} of {self.num_read} rows ({faulty / self.num_read:.1%}) cannot "
+                f"be trained on, and max_dropped_fraction allows {max_dropped_fraction:g}.\n"
                 f"{self._reasons()}\nClean these rows, or, if losing them is right, raise "
-                f"max_dropped_fraction to {_at_least(faulty / self.read):g}."
+                f"max_dropped_fraction to {_at_least(faulty / self.num_read):g}."
             )
-        if not self.kept:
+        if not self.num_usable:
             raise DataError(
-                f"{where}: none of {self.read} rows can be trained on.\n{self._reasons()}\n"
+                f"{where}: none of {self.num_read} rows can be trained on.\n{self._reasons()}\n"
                 f"Clean the rows, or raise the limits (max_length is {limits.max_length}, "
                 f"max_prompt_length {limits.max_prompt_length}, truncation {limits.truncation})."
             )
 
     def _reasons(self) -> str:
         lines = []
-        for reason, number in self.dropped.most_common():
-            first = self.first[reason]
+        for reason, number in self.numbers.most_common():
+            first = [row for row in self.dropped if row.reason is reason][:3]
             ids = ", ".join(row.row_id for row in first) + (", …" if number > len(first) else "")
             seen = f" First: {first[0].detail}." if first[0].detail else ""
             rows = "row" if number == 1 else "rows"
             lines.append(f"- {reason.value}: {number} {rows} ({ids}): {MEANING[reason]}.{seen}")
         return "\n".join(lines)
 
-    def dataset(self, name: str) -> PairDataset:
-        counts = RowCounts(
-            read=self.read,
-            kept=len(self.kept),
-            dropped={reason.value: n for reason, n in sorted(self.dropped.items())},
-            truncated=len(self.truncated),
-            dropped_rows=tuple(self.dropped_rows),
-        )
-        examples = tuple(self.kept)
-        return PairDataset(
-            name=name,
-            examples=examples,
-            counts=counts,
-            fingerprint=fingerprint(examples),
-            text_row_ids=frozenset(e.row_id for e in examples) & self.text_rows,
-            unread_columns=tuple(sorted(self.unread_columns)),
-            truncated_row_ids=frozenset(self.truncated),
+    def counts(self, *, num_drawn: int, truncated: int) -> RowCounts:
+        first = self.dropped[:MAX_DROPPED_ROWS_KEPT]
+        return RowCounts(
+            read=self.num_read,
+            kept=num_drawn,
+            dropped={reason.value: n for reason, n in sorted(self.numbers.items())},
+            truncated=truncated,
+            dropped_rows=tuple((row.row_id, row.reason.value) for row in first),
+            not_drawn=self.num_usable - num_drawn,
         )
 
 

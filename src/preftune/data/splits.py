@@ -1,12 +1,14 @@
 """Splits by prompt: no prompt has rows on both sides."""
 
 import struct
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import xxhash
 
-from preftune.data.pairs import PairDataset, RowCounts, fingerprint
+from preftune.data.pairs import PairDataset
+from preftune.data.reasons import DropReason
 from preftune.errors import DataError
 
 
@@ -17,7 +19,8 @@ def split_by_prompt(
 
     Which prompts go depends on the seed and on each prompt alone, not on the order of rows; rows
     keep their order on both sides. Rows dropped at loading are counted on the training side, so
-    that the counts of both sides add up to the dataset's.
+    that the counts of both sides add up to the dataset's. Rows that a mixer repeats stand once on
+    the test side.
 
     Args:
         dataset: loaded pairs.
@@ -33,27 +36,54 @@ def split_by_prompt(
         DataError: a size out of range, or too few prompts to have one on each side.
     """
     rows = len(dataset.examples)
-    per_prompt = Counter(example.prompt_key for example in dataset.examples)
+    keys, per_prompt = np.unique(dataset.examples.prompt_keys, return_counts=True)
     target = _target(dataset.name, test_size, rows)
-    if len(per_prompt) < 2:
+    if len(keys) < 2:
         raise DataError(
-            f"{dataset.name}: {rows} rows on {len(per_prompt)} prompt cannot be split by prompt "
+            f"{dataset.name}: {rows} rows on {len(keys)} prompt cannot be split by prompt "
             f"(test_size is {test_size}); give a separate test set, or more prompts"
         )
-    chosen: set[int] = set()
-    held_out = 0
+    ranks = np.array([_rank(seed, int(key)) for key in keys], dtype=np.uint64)
+    order = np.argsort(ranks, kind="stable")
     # The last prompt stays for training.
-    for key in sorted(per_prompt, key=lambda key: _rank(seed, key))[:-1]:
-        if held_out >= target:
-            break
-        chosen.add(key)
-        held_out += per_prompt[key]
-    if isinstance(test_size, int) and held_out < target:
+    held_out = np.cumsum(per_prompt[order])[:-1]
+    num_prompts = min(int(np.searchsorted(held_out, target)) + 1, len(held_out))
+    if isinstance(test_size, int) and held_out[-1] < target:
         raise DataError(
             f"{dataset.name}: test_size {test_size} of {rows} rows leaves no whole prompt for "
-            f"training ({len(per_prompt)} prompts); the most this split can take is {held_out}"
+            f"training ({len(keys)} prompts); the most this split can take is {held_out[-1]}"
         )
-    return _side(dataset, chosen, test=False), _side(dataset, chosen, test=True)
+    is_test = np.isin(dataset.examples.prompt_keys, keys[order[:num_prompts]])
+    test = replace(_side(dataset, is_test), copies=None, sources=())
+    whole = dataset.counts
+    test_counts = replace(
+        test.counts, read=len(test.examples), dropped={}, dropped_rows=(), not_drawn=0
+    )
+    train = _side(dataset, ~is_test)
+    train_counts = replace(train.counts, read=whole.read - len(test.examples))
+    return replace(train, counts=train_counts), replace(test, counts=test_counts)
+
+
+def without_prompts_of(dataset: PairDataset, held_out: Sequence[PairDataset]) -> PairDataset:
+    """Leave out the rows whose prompt a held-out set has, and count them.
+
+    Raises:
+        DataError: no row is left.
+    """
+    keys = [other.examples.prompt_keys for other in held_out]
+    shared = np.isin(dataset.examples.prompt_keys, np.concatenate(keys)) if keys else None
+    if shared is None or not shared.any():
+        return dataset
+    names = ", ".join(other.name for other in held_out)
+    if shared.all():
+        raise DataError(
+            f"{dataset.name}: all of its {len(shared)} prompts are in eval_dataset ({names}) too, "
+            "and what is evaluated is not trained on; give other pairs, or hold some out with "
+            "test_size"
+        )
+    kept = _side(dataset, ~shared)
+    dropped = kept.counts.dropped | {DropReason.PROMPT_HELD_OUT.value: int(shared.sum())}
+    return replace(kept, counts=replace(kept.counts, dropped=dropped))
 
 
 def _target(name: str, test_size: float | int, rows: int) -> int:
@@ -74,27 +104,13 @@ def _target(name: str, test_size: float | int, rows: int) -> int:
     return max(1, round(test_size * rows))
 
 
-def _rank(seed: int, key: int) -> tuple[int, int]:
-    return xxhash.xxh3_64_intdigest(struct.pack("<qQ", seed, key)), key
+def _rank(seed: int, key: int) -> int:
+    """Where a prompt stands in the order in which prompts are held out."""
+    return xxhash.xxh3_64_intdigest(struct.pack("<qQ", seed, key))
 
 
-def _side(dataset: PairDataset, test_keys: set[int], *, test: bool) -> PairDataset:
-    examples = tuple(e for e in dataset.examples if (e.prompt_key in test_keys) == test)
-    row_ids = frozenset(e.row_id for e in examples)
-    cut = row_ids & dataset.truncated_row_ids
-    whole = dataset.counts
-    counts = RowCounts(
-        read=len(examples) if test else len(examples) + whole.read - whole.kept,
-        kept=len(examples),
-        dropped={} if test else dict(whole.dropped),
-        truncated=len(cut),
-        dropped_rows=() if test else whole.dropped_rows,
-    )
-    return replace(
-        dataset,
-        examples=examples,
-        counts=counts,
-        fingerprint=fingerprint(examples),
-        text_row_ids=row_ids & dataset.text_row_ids,
-        truncated_row_ids=cut,
-    )
+def _side(dataset: PairDataset, chosen: np.ndarray) -> PairDataset:
+    side = dataset.take(np.flatnonzero(chosen))
+    cut = int(side.examples.is_cut.sum())
+    counts = replace(dataset.counts, kept=len(side.examples), truncated=cut)
+    return replace(side, counts=counts)

@@ -12,9 +12,9 @@ from preftune.config.model import ModelConfig
 from preftune.data.chat import set_chat_template
 from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.splits import split_by_prompt
+from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, ModelError
 from preftune.model.load import check_model_files, load_model_config, load_tokenizer
-from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay, counting
 
 
@@ -101,38 +101,41 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
         ConfigError: a row is longer than the model's positions, or a chat template has no use.
         ModelError: the tokenizer makes ids that the model does not have.
     """
-    if config.chat_template is not None and len(dataset.text_row_ids) == len(dataset.examples):
+    examples = dataset.examples
+    if config.chat_template is not None and examples.is_text.all():
         raise ConfigError(
             f"chat_template is {config.chat_template!r}, but all rows of {dataset.name} are plain "
             "text, to which no template applies; leave it out, or give messages"
         )
     model_config = load_model_config(config).get_text_config()
-    longest = max(dataset.examples, key=lambda example: max(example.lengths))
+    longest, length = _longest(examples)
     positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and max(longest.lengths) > positions:
+    if positions is not None and length > positions:
         raise ConfigError(
-            f"{longest.row_id} of {dataset.name} has {max(longest.lengths)} tokens, and "
+            f"{longest} of {dataset.name} has {length} tokens, and "
             f"{config.model_name_or_path} only {positions} positions; set --max_length {positions}"
         )
-    _check_rope(config, model_config, longest)
-    highest = max(
-        max(*example.prompt_ids, *(i for c in example.completions for i in c.ids))
-        for example in dataset.examples
-    )
-    if highest >= model_config.vocab_size:
+    _check_rope(config, model_config, longest, length)
+    if examples.highest_id >= model_config.vocab_size:
         raise ModelError(
-            f"the tokenizer makes token {highest}, and {config.model_name_or_path} has only "
-            f"{model_config.vocab_size} tokens; tokenizer_name_or_path must name its own tokenizer"
+            f"the tokenizer makes token {examples.highest_id}, and {config.model_name_or_path} has "
+            f"only {model_config.vocab_size} tokens; tokenizer_name_or_path must name its own "
+            "tokenizer"
         )
 
 
-def _check_rope(config: ModelConfig, model_config: Any, longest: TokenizedExample) -> None:
+def _longest(examples: TokenRows) -> tuple[str, int]:
+    """Row id and length in tokens of the longest side."""
+    row = int(examples.longest_side.argmax())
+    return examples[row].row_id, int(examples.longest_side[row])
+
+
+def _check_rope(config: ModelConfig, model_config: Any, longest: str, length: int) -> None:
     rope = getattr(model_config, "rope_parameters", None) or {}
     kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    length = max(longest.lengths)
     if kind in ("longrope", "dynamic") and original and length > original:
         raise ConfigError(
-            f"{longest.row_id} has {length} tokens; past {original} the {kind} positions of "
+            f"{longest} has {length} tokens; past {original} the {kind} positions of "
             f"{config.model_name_or_path} change with the longest row of a batch, and log-probs "
             f"with them; set --max_length {original}"
         )
@@ -148,8 +151,8 @@ def describe_counts(dataset: PairDataset) -> str:
         text += f", dropped: {dropped} (first: {first})"
     if counts.truncated:
         text += f", {counts.truncated} truncated"
-    if dataset.text_row_ids:
-        text += f"; {len(dataset.text_row_ids)} are plain text, without a chat template"
+    if dataset.num_text_rows:
+        text += f"; {dataset.num_text_rows} are plain text, without a chat template"
     if dataset.unread_columns:
         text += f"; columns not read yet: {', '.join(dataset.unread_columns)}"
     return text

@@ -3,6 +3,8 @@
 import os
 import shutil
 
+import numpy as np
+
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -54,9 +56,8 @@ def check(config: ExperimentConfig) -> str:
 
 
 def _describe_lengths(dataset: PairDataset) -> str:
-    lengths = sorted(max(example.lengths) for example in dataset.examples)
-    tokens = sum(sum(example.lengths) for example in dataset.examples)
+    lengths = dataset.examples.longest_side
     return (
-        f"tokens: {tokens} an epoch as both sides are forwarded; longest side of a pair: "
-        f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
+        f"tokens: {dataset.examples.num_tokens} an epoch as both sides are forwarded; longest side "
+        f"of a pair: median {int(np.median(lengths))}, longest {lengths.max()}"
     )

@@ -126,10 +126,7 @@ def _load_held_out(base: Path, file: Path) -> PairDataset:
     return load_pairs(
         str(file),
         tokenizer=load_tokenizer(ModelConfig(model_name_or_path=str(base))),
-        column_map=None,
         max_length=int(SETTINGS["max_length"]),
-        max_prompt_length=None,
-        truncation="drop",
         max_dropped_fraction=0.0,
     )
 

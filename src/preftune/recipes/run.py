@@ -199,8 +199,8 @@ class Run:
         held_out = self.pairs.held_out
         return {
             "model weights": self.manifest["model"]["weights"],
-            "dataset": self.pairs.train.fingerprint,
-            "held-out dataset": None if held_out is None else held_out.fingerprint,
+            "dataset": self.pairs.train.examples.fingerprint(),
+            "held-out dataset": None if held_out is None else held_out.examples.fingerprint(),
             "pairs a step": self.manifest["global_batch_size"],
             "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
@@ -284,7 +284,7 @@ class Run:
 
 def _describe_data(pairs: Pairs) -> dict[str, Any]:
     return {
-        label: {"name": dataset.name, "fingerprint": dataset.fingerprint}
+        label: {"name": dataset.name, "fingerprint": dataset.examples.fingerprint()}
         | {"num_pairs": len(dataset.examples)}
         | dataset.counts.as_dict()
         for label, dataset in (("train", pairs.train), ("held_out", pairs.held_out))

@@ -5,7 +5,7 @@ function of the rows, so a pass that was killed ends in the same bytes when it i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import xxhash
@@ -16,7 +16,7 @@ from preftune.batching.sampler import token_budget_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
 from preftune.reference.store import ReferenceStore, StoredLogps
-from preftune.schema import Completion, TokenizedExample
+from preftune.schema import TokenizedExample
 
 # Fixed, because the composition of a micro-batch changes the last bits of a log-prob.
 MAX_TOKENS_PER_MICRO_BATCH = 4096
@@ -39,22 +39,20 @@ class ReferenceLogps:
 
 @dataclass(frozen=True)
 class _Answer:
+    """Where an answer stands; its tokens are read when they are scored."""
+
     key: bytes
-    example: TokenizedExample
-    completion: Completion
+    row: int
+    side: int
+    length: int
+    """Tokens of prompt and answer."""
 
-    @property
-    def length(self) -> int:
-        return len(self.example.prompt_ids) + len(self.completion.ids)
-
-    def alone(self) -> TokenizedExample:
-        return TokenizedExample(
-            self.example.row_id,
-            self.example.prompt_ids,
-            (self.completion,),
-            ("chosen",),
-            self.example.source,
-            self.example.prompt_key,
+    def alone(self, examples: Sequence[TokenizedExample]) -> TokenizedExample:
+        """The prompt with this answer only."""
+        example = examples[self.row]
+        side = self.side
+        return replace(
+            example, completions=(example.completions[side],), roles=(example.roles[side],)
         )
 
 
@@ -77,12 +75,13 @@ def reference_logps(
         device: where the result goes.
         progress: called with (answers done, answers to do).
     """
-    keys = [[completion_key(e, c) for c in e.completions] for e in examples]
+    keys: list[list[bytes]] = []
     answers: dict[bytes, _Answer] = {}
-    for example, row in zip(examples, keys, strict=True):
-        for key, completion in zip(row, example.completions, strict=True):
-            answers.setdefault(key, _Answer(key, example, completion))
-    shared = (model, store, layout, device)
+    for row, example in enumerate(examples):
+        keys.append([completion_key(example, c) for c in example.completions])
+        for side, (key, length) in enumerate(zip(keys[-1], example.lengths, strict=True)):
+            answers.setdefault(key, _Answer(key, row, side, length))
+    shared = (examples, model, store, layout, device)
     rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
     # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
     # run again after others have added to the store, finds its own shards and its own values.
@@ -112,6 +111,7 @@ def reference_logps(
 def _compute_shards(
     missing: list[_Answer],
     pass_id: str,
+    examples: Sequence[TokenizedExample],
     model: nn.Module,
     store: ReferenceStore,
     layout: LayoutName,
@@ -132,7 +132,7 @@ def _compute_shards(
         path = store.shard_path(pass_id, index)
         stored = store.read_shard(path) if path.exists() else {}
         if any(key not in stored for key in keys):
-            stored = _compute_shard(model, shard, layout, device, report)
+            stored = _compute_shard(model, shard, examples, layout, device, report)
             store.write_shard(path, stored)
             num_computed += len(keys)
         values.update(stored)
@@ -144,13 +144,15 @@ def _compute_shards(
 def _compute_shard(
     model: nn.Module,
     batches: list[list[_Answer]],
+    examples: Sequence[TokenizedExample],
     layout: LayoutName,
     device: torch.device,
     report: Callable[[int], None],
 ) -> dict[bytes, StoredLogps]:
     values: dict[bytes, StoredLogps] = {}
     for batch in batches:
-        result = pair_logps(model, build_layout([a.alone() for a in batch], layout).to(device))
+        rows = [answer.alone(examples) for answer in batch]
+        result = pair_logps(model, build_layout(rows, layout).to(device))
         for answer, total, per_token in zip(
             batch, result.sums.tolist(), result.per_token, strict=True
         ):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from preftune.data.pairs import (
     MAX_DROPPED_ROWS_KEPT,
     PairDataset,
     RowCounts,
-    fingerprint,
+    draw,
     load_pairs,
 )
+from preftune.data.splits import split_by_prompt
+from preftune.data.table import content_key
 from preftune.errors import ConfigError, DataError
 from preftune.schema import Completion, TokenizedExample
 from tests.tiny import IM_END, chat_row, make_pairs, tiny_tokenizer, write_jsonl
@@ -69,6 +72,7 @@ def test_dropped_rows_are_counted_with_reason_and_id(tmp_path: Path) -> None:
         "read": 8,
         "kept": 6,
         "dropped": {"equal_completions": 1, "empty_completion": 1},
+        "not_drawn": 0,
         "truncated": 0,
         "dropped_rows": [["d.jsonl:3", "equal_completions"], ["d.jsonl:6", "empty_completion"]],
     }
@@ -119,7 +123,7 @@ def test_truncated_rows_are_counted(tmp_path: Path, truncation: str) -> None:
     rows = [chat_row("q", "a", "b"), *[chat_row("q", "a " * 50, "b")] * 3]
     data = load(write_jsonl(tmp_path / "d.jsonl", rows), max_length=30, truncation=truncation)
     assert (data.counts.kept, data.counts.truncated, data.counts.dropped) == (4, 3, {})
-    assert data.truncated_row_ids == {"d.jsonl:2", "d.jsonl:3", "d.jsonl:4"}
+    assert data.examples.is_cut.tolist() == [False, True, True, True]
     stop = tiny_tokenizer().convert_tokens_to_ids(IM_END)
     for example in data.examples[1:]:
         assert stop not in example.completions[0].ids
@@ -186,8 +190,8 @@ def test_limits_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 class TestFingerprint:
     def test_same_rows_same_fingerprint_wherever_they_lie(self, tmp_path: Path) -> None:
         rows = make_pairs(4)
-        one = load(write_jsonl(tmp_path / "a.jsonl", rows)).fingerprint
-        two = load(write_jsonl(tmp_path / "b" / "c.jsonl", rows)).fingerprint
+        one = load(write_jsonl(tmp_path / "a.jsonl", rows)).examples.fingerprint()
+        two = load(write_jsonl(tmp_path / "b" / "c.jsonl", rows)).examples.fingerprint()
         assert one == two
         assert len(one) == 32
 
@@ -203,7 +207,7 @@ class TestFingerprint:
             [rows[0] | {"chosen": many + rows[0]["chosen"]}, *rows[1:]],
         ]
         seen = {
-            load(write_jsonl(tmp_path / f"{i}.jsonl", v)).fingerprint
+            load(write_jsonl(tmp_path / f"{i}.jsonl", v)).examples.fingerprint()
             for i, v in enumerate(variants)
         }
         assert len(seen) == len(variants)
@@ -213,7 +217,7 @@ class TestFingerprint:
             sides = (Completion(answer), Completion((9,)))
             return TokenizedExample("f:1", prompt, sides, ("chosen", "rejected"), "s", 0)
 
-        assert fingerprint([row((1, 2), (3,))]) != fingerprint([row((1,), (2, 3))])
+        assert content_key(row((1, 2), (3,))) != content_key(row((1,), (2, 3)))
 
     def test_which_tokens_are_scored_tells(self) -> None:
         def row(scored: tuple[bool, ...] | None) -> TokenizedExample:
@@ -221,7 +225,7 @@ class TestFingerprint:
             return TokenizedExample("f:1", (5,), sides, ("chosen", "rejected"), "s", 0)
 
         masks = (None, (True, False), (False, True))
-        assert len({fingerprint([row(mask)]) for mask in masks}) == 3
+        assert len({content_key(row(mask)) for mask in masks}) == 3
 
 
 @settings(
@@ -277,3 +281,66 @@ def test_real_pairs(name: str) -> None:
         assert data.counts.read == number
         assert "not_a_prefix" not in data.counts.dropped
         assert data.counts.kept == number - sum(data.counts.dropped.values())
+
+
+class TestMix:
+    def sources(self, folder: Path) -> list[str]:
+        rows = make_pairs(40)
+        files = {"a": rows[:10], "b": rows[10:40]}
+        return [str(write_jsonl(folder / f"{name}.jsonl", r)) for name, r in files.items()]
+
+    def mix(self, folder: Path, *amounts: int | float | None, seed: int = 0) -> PairDataset:
+        sources = list(zip(self.sources(folder), amounts, strict=True))
+        return load_pairs(sources, tokenizer=tiny_tokenizer(), seed=seed)
+
+    def test_parts_counts_and_all(self, tmp_path: Path) -> None:
+        data = self.mix(tmp_path, None, 0.5)
+        assert [s.num_drawn for s in data.sources] == [10, 15]
+        assert data.counts.read == 40 == data.counts.kept + data.counts.not_drawn
+        assert [s.counts.not_drawn for s in data.sources] == [0, 15]
+        assert [e.row_id for e in data.examples][:10] == [f"a.jsonl:{i}" for i in range(1, 11)]
+        lines = [int(e.row_id.split(":")[1]) for e in data.examples[10:]]
+        assert lines == sorted(set(lines))
+        assert {e.source for e in data.examples[10:]} == {self.sources(tmp_path)[1]}
+
+    def test_one_row_and_one_whole_are_not_the_same(self, tmp_path: Path) -> None:
+        assert [s.num_drawn for s in self.mix(tmp_path, 1, 1.0).sources] == [1, 30]
+
+    def test_more_than_all_repeats_rows(self, tmp_path: Path) -> None:
+        data = self.mix(tmp_path, 2.5, 45)
+        assert len(data.examples) == 40
+        repeated = data.repeated()
+        numbers = Counter(e.row_id for e in repeated.examples)
+        assert sorted(numbers.values()) == [1] * 15 + [2] * (5 + 15) + [3] * 5
+        assert len(repeated.examples) == 25 + 45
+
+    def test_the_seed_decides_and_larger_amounts_hold_smaller_ones(self, tmp_path: Path) -> None:
+        def rows(amount: float, seed: int) -> set[str]:
+            return {e.row_id for e in self.mix(tmp_path, 1, amount, seed=seed).examples}
+
+        assert rows(0.3, 0) == rows(0.3, 0) != rows(0.3, 1)
+        assert rows(0.3, 0) < rows(0.4, 0) < rows(25, 0)
+
+    def test_a_prompt_in_two_sources_is_on_one_side(self, tmp_path: Path) -> None:
+        rows = make_pairs(30, prompts=8)
+        files = [write_jsonl(tmp_path / f"{i}.jsonl", rows[i::3]) for i in range(3)]
+        mix = [(str(file), amount) for file, amount in zip(files, (1.0, 0.7, 2.0), strict=True)]
+        data = load_pairs(mix, tokenizer=tiny_tokenizer())
+        train, test = split_by_prompt(data, 0.3, 0)
+        sides = [{e.prompt_key for e in side.repeated().examples} for side in (train, test)]
+        assert not sides[0] & sides[1]
+        assert all(sides)
+
+    def test_every_source_is_checked_on_its_own(self, tmp_path: Path) -> None:
+        good, _ = self.sources(tmp_path)
+        bad = str(write_jsonl(tmp_path / "bad.jsonl", [chat_row("q", "x", "x"), *make_pairs(9)]))
+        with pytest.raises(DataError, match=r"bad\.jsonl \(split train\): 1 of 10 rows"):
+            load_pairs([(good, None), (bad, None)], tokenizer=tiny_tokenizer())
+
+
+@given(num_rows=st.integers(1, 50), amount=st.integers(1, 200) | st.floats(0.001, 9))
+def test_amounts(num_rows: int, amount: float) -> None:
+    copies = draw(num_rows, amount, [0])
+    wanted = amount if isinstance(amount, int) else max(1, round(amount * num_rows))
+    assert copies.sum() == wanted
+    assert copies.max() - copies.min() <= 1

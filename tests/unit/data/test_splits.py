@@ -1,20 +1,22 @@
 """Splits by prompt."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.data.pairs import PairDataset, RowCounts, fingerprint, load_pairs
-from preftune.data.splits import split_by_prompt
+from preftune.data.pairs import PairDataset, RowCounts, load_pairs
+from preftune.data.splits import split_by_prompt, without_prompts_of
 from preftune.errors import DataError
 from preftune.schema import Completion, TokenizedExample
 from tests.tiny import chat_row, make_pairs, tiny_tokenizer, write_jsonl
 
 
-def dataset(prompts: list[int], truncated: frozenset[str] = frozenset()) -> PairDataset:
+def dataset(prompts: list[int], copies: list[int] | None = None) -> PairDataset:
     """One row a prompt key given, and two further rows that were dropped at loading."""
     examples = tuple(
         TokenizedExample(
@@ -31,10 +33,11 @@ def dataset(prompts: list[int], truncated: frozenset[str] = frozenset()) -> Pair
         read=len(prompts) + 2,
         kept=len(prompts),
         dropped={"equal_completions": 2},
-        truncated=len(truncated),
+        truncated=0,
         dropped_rows=(("g:1", "equal_completions"), ("g:2", "equal_completions")),
     )
-    return PairDataset("set", examples, counts, fingerprint(examples), truncated_row_ids=truncated)
+    made = PairDataset.of("set", examples)
+    return replace(made, counts=counts, copies=None if copies is None else np.array(copies))
 
 
 @given(
@@ -54,7 +57,7 @@ def test_no_prompt_on_both_sides_no_row_lost_and_order_kept(
     assert train.examples
     assert test.examples
     assert not {e.prompt_key for e in train.examples} & {e.prompt_key for e in test.examples}
-    assert sorted(e.row_id for e in train.examples + test.examples) == sorted(
+    assert sorted(e.row_id for e in [*train.examples, *test.examples]) == sorted(
         e.row_id for e in whole.examples
     )
     for side in (train, test):
@@ -62,12 +65,14 @@ def test_no_prompt_on_both_sides_no_row_lost_and_order_kept(
         assert numbers == sorted(numbers)
         assert side.counts.kept == len(side.examples)
         assert side.counts.read == side.counts.kept + sum(side.counts.dropped.values())
-        assert side.fingerprint == fingerprint(side.examples)
         assert side.name == "set"
     assert train.counts.read + test.counts.read == whole.counts.read
     if isinstance(size, int):
         assert len(test.examples) >= size
-    assert split_by_prompt(whole, size, seed) == (train, test)
+    again = split_by_prompt(whole, size, seed)
+    assert [s.examples.fingerprint() for s in again] == [
+        s.examples.fingerprint() for s in (train, test)
+    ]
 
 
 def test_the_side_of_a_prompt_does_not_depend_on_the_order_of_rows() -> None:
@@ -96,10 +101,29 @@ def test_sizes(size: float | int, rows: int) -> None:
 
 
 def test_counts_of_both_sides() -> None:
-    whole = dataset(list(range(10)), truncated=frozenset(f"f:{i}" for i in range(10)))
+    whole = dataset(list(range(10)))
     train, test = split_by_prompt(whole, 3, 0)
-    assert test.counts == RowCounts(3, 3, {}, 3, ())
-    assert train.counts == RowCounts(9, 7, whole.counts.dropped, 7, whole.counts.dropped_rows)
+    assert test.counts == RowCounts(3, 3, {}, 0, ())
+    assert train.counts == RowCounts(9, 7, whole.counts.dropped, 0, whole.counts.dropped_rows)
+
+
+def test_repeated_rows_stand_once_on_the_test_side() -> None:
+    train, test = split_by_prompt(dataset([1, 2, 3, 4], [1, 3, 0 + 2, 2]), 2, 0)
+    assert len(test.repeated().examples) == 2
+    kept = {1: 1, 2: 3, 3: 2, 4: 2}
+    wanted = [e.row_id for e in train.examples for _ in range(kept[e.prompt_key])]
+    assert [e.row_id for e in train.repeated().examples] == wanted
+
+
+def test_rows_whose_prompt_is_evaluated_are_not_trained_on() -> None:
+    train, first, second = dataset([1, 2, 3, 4, 2]), dataset([2, 9]), dataset([4])
+    left = without_prompts_of(train, [first, second])
+    assert [e.prompt_key for e in left.examples] == [1, 3]
+    assert left.counts.dropped == {"equal_completions": 2, "prompt_held_out": 3}
+    assert left.counts.read == left.counts.kept + sum(left.counts.dropped.values())
+    assert without_prompts_of(train, [dataset([7])]) is train
+    with pytest.raises(DataError, match="all of its 5 prompts are in eval_dataset"):
+        without_prompts_of(train, [train])
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,20 @@ class Row:
         return value
 
 
+def renamed(
+    row_id: str, raw: Mapping[str, Any], dataset: str, column_map: Mapping[str, str]
+) -> dict[str, Any]:
+    """A row with its columns under our names, as transforms see it.
+
+    Raises:
+        DataError: `column_map` names a column that the row lacks.
+    """
+    row = Row(row_id=row_id, dataset=dataset, values=raw, column_map=column_map)
+    mapped = {name: raw[theirs] for name, theirs in column_map.items() if row.has(name)}
+    taken = set(column_map.values())
+    return {name: value for name, value in raw.items() if name not in taken} | mapped
+
+
 def _rename_hint(name: str, missing: bool) -> str:
     if not missing:
         return "fill it in, or remove the row"

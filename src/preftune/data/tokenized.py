@@ -1,0 +1,318 @@
+"""One source tokenised once: shards on disk, shared by every run that reads the same content.
+
+    <cache>/datasets/<key>/shard-00000.arrow …   2,048 raw rows each, kept and dropped ones
+    <cache>/datasets/<key>/complete.json         written last
+
+The key is a hash of everything that decides the tokens. A pass that was killed finds its finished
+shards and goes on after them; memory does not grow with the source.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import xxhash
+
+from preftune.data.formats import check_column_map, parse_row
+from preftune.data.formats.row import renamed
+from preftune.data.reasons import Dropped
+from preftune.data.sources import RawRow, Source
+from preftune.data.table import TokenizedRow, make_table
+from preftune.data.tokenize import PairTokenizer
+from preftune.data.transforms import RowTransforms
+from preftune.errors import CacheError, DataError
+from preftune.files import replacing, write_atomically
+from preftune.schema import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_PER_SHARD = 2048
+ROWS_AT_A_TIME = 64
+NOT_READ_YET = frozenset({"weight", "margin"})
+_COMPLETE = "complete.json"
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A source, tokenised."""
+
+    source: Source
+    table: pa.Table
+    """Every row read, of `data.table.SCHEMA`, mapped from disk."""
+    unread_columns: tuple[str, ...]
+    """Columns with a meaning to preftune that this version does not read."""
+    reused: bool
+    """Whether all of it was in the cache."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How raw rows become tokens; everything here is part of the cache's key.
+
+    Picklable, so that other processes can follow it.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    column_map: Mapping[str, str]
+    transforms: RowTransforms
+
+    def key(self, source: Source, max_rows: int | None) -> str:
+        """Name of the folder that holds the tokens of `source`."""
+        parts = {
+            "source": source.fingerprint,
+            # Row ids hold the file's name, which the content does not.
+            "name": Path(source.name).name,
+            "max_rows": max_rows,
+            "columns": dict(self.column_map),
+            "transforms": self.transforms.fingerprint,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "code": _code_fingerprint(),
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def tokenize_source(
+    source: Source,
+    recipe: Recipe,
+    *,
+    cache: Path | None,
+    max_rows: int | None = None,
+    num_proc: int = 1,
+    progress: Progress | None = None,
+) -> Tokenized:
+    """Tokenise a source, or map what an earlier run has tokenised.
+
+    Args:
+        source: where rows come from.
+        recipe: how they become tokens.
+        cache: folder of tokenised sources; None keeps nothing.
+        max_rows: read no more rows than this; None for all.
+        num_proc: processes that work at it.
+        progress: called now and then with (rows done, rows in all or None).
+
+    Raises:
+        DataError: the source or a row of it cannot be read.
+        CacheError: the cache cannot be written or read.
+    """
+    check_column_map(dict(recipe.column_map))
+    if cache is None:
+        # Mapped files live on without their names, so nothing is left behind.
+        folder = Path(tempfile.mkdtemp(prefix="preftune-"))
+        try:
+            return _in_folder(folder, source, recipe, max_rows, num_proc, progress)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = cache / recipe.key(source, max_rows)
+    return _in_folder(folder, source, recipe, max_rows, num_proc, progress)
+
+
+def _in_folder(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    max_rows: int | None,
+    num_proc: int,
+    progress: Progress | None,
+) -> Tokenized:
+    reused = (folder / _COMPLETE).is_file()
+    if not reused:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _fill(folder, source, recipe, max_rows, num_proc, progress)
+        except OSError as error:
+            raise CacheError(
+                f"cache_dir: {folder} cannot be written ({error.strerror or error}); free some "
+                "space, or give another --cache_dir. Finished shards stay, and the next run goes "
+                "on after them"
+            ) from error
+    complete = json.loads((folder / _COMPLETE).read_text("utf-8"))
+    shards = [_map(_shard(folder, index)) for index in range(complete["num_shards"])]
+    table = pa.concat_tables(shards) if shards else make_table([], source.name)
+    return Tokenized(source, table, tuple(complete["unread_columns"]), reused)
+
+
+def _fill(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    max_rows: int | None,
+    num_proc: int,
+    progress: Progress | None,
+) -> None:
+    """Write the shards that are missing, then say that all are there."""
+    total = source.total if max_rows is None else min(source.total or max_rows, max_rows)
+    if source.total is None:
+        total = None
+    unread: set[str] = set()
+    num_shards = num_done = 0
+
+    def jobs() -> Iterator["_Job"]:
+        nonlocal num_shards
+        rows = islice(source.rows(), max_rows)
+        while shard := list(islice(rows, ROWS_PER_SHARD)):
+            unread.update(key for _, raw in shard for key in NOT_READ_YET & raw.keys())
+            yield _Job(_shard(folder, num_shards), source.name, shard)
+            num_shards += 1
+
+    def report(num_rows: int) -> None:
+        nonlocal num_done
+        num_done += num_rows
+        if progress is not None:
+            progress(num_done, total)
+
+    work = _work_alone if num_proc == 1 else _work_together
+    work(jobs(), recipe, num_proc, report)
+    note = {"num_shards": num_shards, "num_rows": num_done, "unread_columns": sorted(unread)}
+    write_atomically(folder / _COMPLETE, json.dumps(note, indent=1))
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    dataset: str
+    rows: list[RawRow]
+
+
+def _work_alone(
+    jobs: Iterator[_Job], recipe: Recipe, num_proc: int, report: Callable[[int], None]
+) -> None:
+    worker = _Worker(recipe)
+    for job in jobs:
+        if job.path.exists():
+            report(len(job.rows))
+        else:
+            worker(job, report)
+
+
+def _work_together(
+    jobs: Iterator[_Job], recipe: Recipe, num_proc: int, report: Callable[[int], None]
+) -> None:
+    # Fresh processes: forking one in which the tokenizer's threads have run may lock up.
+    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (recipe,))
+    pending: set[Future[int]] = set()
+    try:
+        for job in jobs:
+            if job.path.exists():
+                report(len(job.rows))
+                continue
+            pending.add(pool.submit(_work, job))
+            if len(pending) > 2 * num_proc:  # or the rows of a large file would queue in memory
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    report(future.result())
+        for future in pending:
+            report(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """Follows a recipe, shard by shard."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._encode = PairTokenizer(recipe.tokenizer)
+
+    def __call__(self, job: _Job, report: Callable[[int], None]) -> None:
+        rows: list[TokenizedRow] = []
+        for start in range(0, len(job.rows), ROWS_AT_A_TIME):
+            some = job.rows[start : start + ROWS_AT_A_TIME]
+            rows += self._tokenize(some, job.dataset)
+            report(len(some))
+        with (
+            replacing(job.path) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, (table := make_table(rows, job.dataset)).schema) as writer,
+        ):
+            writer.write_table(table)
+
+    def _tokenize(self, rows: list[RawRow], dataset: str) -> Iterator[TokenizedRow]:
+        parsed = [self._parse(row_id, raw, dataset) for row_id, raw in rows]
+        examples = [row for row in parsed if isinstance(row, Example)]
+        try:
+            encoded = iter(self._encode(examples))
+        except DataError as error:
+            raise DataError(f"dataset {dataset}: {error}") from error
+        for row in parsed:
+            if isinstance(row, Example):
+                yield TokenizedRow(next(encoded), is_text=isinstance(row.prompt, str))
+            else:
+                yield TokenizedRow(row)
+
+    def _parse(self, row_id: str, raw: dict[str, Any], dataset: str) -> Example | Dropped:
+        column_map, transforms = self._recipe.column_map, self._recipe.transforms
+        if not transforms.names:
+            return parse_row(row_id, raw, dataset=dataset, column_map=column_map)
+        row = transforms(row_id, dataset, renamed(row_id, raw, dataset, column_map))
+        if isinstance(row, Dropped):
+            return row
+        return parse_row(row_id, row, dataset=dataset, column_map={})
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _worker
+    _worker = _Worker(recipe)
+
+
+def _work(job: _Job) -> int:
+    assert _worker is not None  # the pool starts each process with _start_worker
+    _worker(job, lambda num_rows: None)
+    return len(job.rows)
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05}.arrow"
+
+
+def _map(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise CacheError(
+            f"{path}: tokenised rows that cannot be read ({error}); delete the folder "
+            f"{path.parent}, and they are made again"
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of what decides a tokenizer's ids, its chat template among it, and of its library."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    parts = [
+        type(tokenizer).__name__,
+        rules,
+        repr(tokenizer.chat_template),
+        repr(sorted(tokenizer.special_tokens_map.items())),
+        repr(sorted((i, str(t)) for i, t in tokenizer.added_tokens_decoder.items())),
+        repr([getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]),
+        transformers.__version__,
+        tokenizers.__version__,
+    ]
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+@cache
+def _code_fingerprint() -> str:
+    """Hash of the code that makes tokens: an upgrade tokenises anew rather than mixes."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
