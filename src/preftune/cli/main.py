@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a policy on pairs of chosen and rejected answers",
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
-    "config": "show the configuration that a command would run with",
+    "config": "show and compare configurations; presets; the JSON Schema",
     "quickstart": "train a small model that comes with preftune, in a few minutes",
 }
 """What each command does; its module here, of the same name, has `run(argv) -> int`."""

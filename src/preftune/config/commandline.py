@@ -14,17 +14,20 @@ class Words:
 
     files: list[str] = field(default_factory=list)
     """Words that belong to no option."""
-    options: list[tuple[str, str | bool | None]] = field(default_factory=list)
-    """Options without their dashes, in order, with their text; True for a bare switch, None where
-    the text is missing."""
+    options: list[tuple[str, str | list[str] | bool | None]] = field(default_factory=list)
+    """Options without their dashes, in order, with their text; several words of a list; True for a
+    bare switch, None where the text is missing."""
 
 
-def split_words(argv: Sequence[str], is_switch: Callable[[str], bool]) -> Words:
+def split_words(
+    argv: Sequence[str], is_switch: Callable[[str], bool], is_list: Callable[[str], bool]
+) -> Words:
     """Sort words into options with their text, and files.
 
     Args:
         argv: the words after the command.
         is_switch: whether an option may stand without text (true or false).
+        is_list: whether an option takes all words up to the next option or the config file.
 
     Returns:
         The words, sorted; nothing is judged here but what looks like an option.
@@ -42,6 +45,11 @@ def split_words(argv: Sequence[str], is_switch: Callable[[str], bool]) -> Words:
         elif is_switch(name):
             given = bool(rest) and _is_switch_text(rest[0])
             words.options.append((name, rest.pop(0) if given else True))
+        elif is_list(name):
+            several = []
+            while rest and not (_is_option(rest[0]) or _is_config_file(rest[0])):
+                several.append(rest.pop(0))
+            words.options.append((name, several if len(several) > 1 else (several or [None])[0]))
         else:
             given = bool(rest) and not _is_option(rest[0])
             words.options.append((name, rest.pop(0) if given else None))
@@ -54,5 +62,9 @@ def _is_option(word: str) -> bool:
 
 def _is_switch_text(word: str) -> bool:
     """Whether a word after a switch is its text rather than the config file."""
-    is_file = word.endswith((".yaml", ".yml"))
-    return word.lower() in _BOOLEANS or not (_is_option(word) or is_file)
+    return word.lower() in _BOOLEANS or not (_is_option(word) or _is_config_file(word))
+
+
+def _is_config_file(word: str) -> bool:
+    """Whether a word that could be an option's text is the config file: no option takes YAML's."""
+    return word.endswith((".yaml", ".yml"))

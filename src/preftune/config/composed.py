@@ -7,9 +7,13 @@ from typing import Any, ClassVar
 
 import yaml
 
+from preftune import __version__
 from preftune.config.problem import InvalidConfig, Problem
 from preftune.config.section import Section
 from preftune.config.typed import reader_of
+
+VERSION_KEY = "preftune_version"
+"""Key of a config file, and of no option: the version that wrote it."""
 
 
 class ComposedConfig:
@@ -20,6 +24,7 @@ class ComposedConfig:
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    takes_presets = False  # whether its options may start from a preset
 
     def __post_init__(self) -> None:
         """Check and resolve.
@@ -64,8 +69,9 @@ class ComposedConfig:
         return values
 
     def to_yaml(self) -> str:
-        """`to_dict` as YAML that reads back into an equal configuration."""
-        return "".join(yaml_entry(key, value) for key, value in self.to_dict().items())
+        """`to_dict` as YAML that reads back into an equal configuration; names our version."""
+        values = {VERSION_KEY: __version__} | self.to_dict()
+        return "".join(yaml_entry(key, value) for key, value in values.items())
 
     def _check_types(self) -> list[Problem]:
         reader = reader_of(type(self))
@@ -103,14 +109,15 @@ def default_of(field: Field[Any]) -> Any:
 
 def yaml_entry(key: str, value: Any) -> str:
     """One `key: value` line of YAML, never folded."""
-    texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [str(value)]
+    held = [*value, *value.values()] if isinstance(value, dict) else value
+    texts = map(str, held if isinstance(held, list) else [held])
     return yaml.safe_dump(
         {key: value},
         allow_unicode=True,
         sort_keys=False,
         # Unless told to escape, PyYAML writes U+0085 as a line break, which reads as a space.
         default_style=None if all(map(str.isprintable, texts)) else '"',
-        # None writes mappings inside braces, but the outermost too if nothing is nested.
-        default_flow_style=None if isinstance(value, dict) else False,
+        # None puts the innermost mapping or list in brackets: what is inside, not the entry.
+        default_flow_style=None if isinstance(value, dict | list) else False,
         width=float("inf"),
     )

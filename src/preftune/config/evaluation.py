@@ -28,6 +28,11 @@ class EvalConfig(Section):
         in_range = 0 < steps < 1 if isinstance(steps, float) else steps is None or steps >= 1
         if not in_range:
             message = "it must be a number of steps (1 or more) or a part between 0 and 1"
+            if isinstance(steps, float) and steps >= 1:
+                message = (
+                    "with a decimal point it is a part of the run, which must be below 1; a "
+                    "number of steps is a whole number (1 is every step)"
+                )
             found.append(Problem("eval_steps", steps, message))
         if self.eval_strategy == "steps" and steps is None:
             message = "it needs eval_steps"

@@ -34,6 +34,8 @@ class ExperimentConfig(
         (0.1, 1.0, 'never')
     """
 
+    takes_presets = True
+
     def resolve(self) -> None:
         """Choose when to evaluate, from what there is."""
         if self.eval_strategy is None:

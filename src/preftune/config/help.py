@@ -1,12 +1,13 @@
 """`--help`: every option under its section, with the docstring of its field."""
 
 import argparse
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from preftune.config.composed import ComposedConfig, default_of, section_fields, sections
 from preftune.config.docs import field_docs
+from preftune.config.preset import PRESET_DOC, PRESET_KEY, preset_names
 from preftune.config.problem import shown
-from preftune.config.typed import reader_of
+from preftune.config.typed import alternatives, reader_of
 
 
 def config_help(config: type[ComposedConfig], usage: str, description: str) -> str:
@@ -18,6 +19,9 @@ def config_help(config: type[ComposedConfig], usage: str, description: str) -> s
         description: what it does.
     """
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
+    if config.takes_presets:
+        group = parser.add_argument_group("Where the settings start from")
+        group.add_argument(f"--{PRESET_KEY}", metavar="|".join(preset_names()), help=PRESET_DOC)
     ordered = {field.name: field for field in section_fields(config)}
     for section in sections(config):
         group = parser.add_argument_group(_first_line(section))
@@ -40,8 +44,13 @@ def _plain(default: Any) -> str:
 
 def _metavar(config: type, name: str) -> str:
     kinds = reader_of(config).kinds[name]
-    if any(get_origin(kind) is dict for kind in kinds):
-        return "{NAME: OTHER}"
+    if mapping := next((kind for kind in kinds if get_origin(kind) is dict), None):
+        shape = "{NAME: OTHER}" if str in alternatives(get_args(mapping)[1]) else "{NAME: NUMBER}"
+        return f"TEXT|{shape}" if str in kinds else shape
+    if several := next((kind for kind in kinds if get_origin(kind) is list), None):
+        item = get_args(several)[0]
+        word = "|".join(get_args(item)) if get_origin(item) is Literal else "TEXT"
+        return f"{word} ..."
     if bool in kinds:
         return "[true|false]"
     if float in kinds or int in kinds:

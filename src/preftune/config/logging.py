@@ -1,10 +1,11 @@
 """What a run says while it works."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from preftune.config.problem import Problem, count
 from preftune.config.section import Section
+from preftune.config.typed import AlsoSpelled
 
 Progress = Literal["auto", "rich", "plain", "none"]
 
@@ -16,10 +17,22 @@ class LoggingConfig(Section):
     logging_steps: int = 10
     """Optimizer steps between two lines of metrics, 1 or more."""
 
+    report_to: Annotated[list[Literal["tensorboard"]] | None, AlsoSpelled(none=None)] = None
+    """Where metrics go besides metrics.jsonl, which is always written: a list of names, or one.
+    tensorboard: event files in the run's folder. Unset, none or []: nowhere else."""
+
     progress: Progress = "auto"
     """What the terminal shows. rich: a live bar; plain: a line a logging step; none: nothing;
     auto: rich in a terminal, else plain."""
 
+    def __post_init__(self) -> None:
+        """Give "nowhere else" one form."""
+        self.report_to = self.report_to or None
+
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        return count("logging_steps", self.logging_steps)
+        found = count("logging_steps", self.logging_steps)
+        names = self.report_to or []
+        if len(set(names)) < len(names):
+            found.append(Problem("report_to", names, "a name is given twice; keep one"))
+        return found

@@ -7,7 +7,7 @@ from typing import Literal
 from preftune.config.problem import Problem
 from preftune.config.section import Section
 
-CHAT_TEMPLATES = ("chatml", "tulu", "zephyr")
+CHAT_TEMPLATES = ("chatml", "tulu", "zephyr", "llama3", "alpaca", "plain")
 """Names of the chat templates that come with preftune."""
 
 
@@ -25,8 +25,12 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = None
     """The tokenizer: a name on the Hub or a folder. Unset: the model's own."""
 
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer_name_or_path` on the Hub. Unset: its default branch."""
+
     chat_template: str | None = None
-    """How messages become text: chatml, tulu, zephyr or the path of a .jinja file. Unset: the
+    """How messages become text: chatml, tulu, zephyr, llama3, alpaca or plain; the path of a .jinja
+    file; a folder (./name) or Hub id (org/name), whose tokenizer's template is taken. Unset: the
     tokenizer's own."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -38,6 +42,10 @@ class ModelConfig(Section):
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+
+    use_cache: bool = False
+    """Let the model keep keys and values in its forward; training has no use for them and it costs
+    memory. Not with `gradient_checkpointing`."""
 
     disable_dropout: bool = True
     """Set the model's own dropout to 0, so that policy and reference are the same function at
@@ -52,10 +60,25 @@ class ModelConfig(Section):
         if self.model_name_or_path is None:
             message = "it must name a model on the Hugging Face Hub, a folder or a GGUF file"
             found.append(Problem("model_name_or_path", None, message))
-        template = self.chat_template
-        if template and template not in CHAT_TEMPLATES and not template.endswith(".jinja"):
-            near = get_close_matches(template, CHAT_TEMPLATES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            message = f"it must be {', '.join(CHAT_TEMPLATES)} or the path of a .jinja file{hint}"
-            found.append(Problem("chat_template", template, message))
-        return found
+        if self.tokenizer_revision is not None and self.tokenizer_name_or_path is None:
+            message = "it needs tokenizer_name_or_path; the model's own comes with model_revision"
+            others = ("tokenizer_name_or_path",)
+            found.append(Problem("tokenizer_revision", self.tokenizer_revision, message, others))
+        if self.use_cache and self.gradient_checkpointing:
+            message = "gradient_checkpointing is true, and they exclude each other: leave it out"
+            found.append(Problem("use_cache", True, message, ("gradient_checkpointing",)))
+        return found + _template_problems(self.chat_template)
+
+
+def _template_problems(template: str | None) -> list[Problem]:
+    if template is None or template in CHAT_TEMPLATES:
+        return []
+    if "/" in template or template.endswith(".jinja"):
+        return []  # a file, folder or repository: whether it exists is not for here
+    near = get_close_matches(template, CHAT_TEMPLATES, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    message = (
+        f"it must be {', '.join(CHAT_TEMPLATES)}, the path of a .jinja file, a folder as ./name or "
+        f"a Hub id as org/name{hint}"
+    )
+    return [Problem("chat_template", template, message)]

@@ -1,6 +1,6 @@
 """A config file and a command line become a checked configuration, or all their mistakes at once.
 
-The command line wins over the file, the file over the defaults.
+The command line wins over the file, the file over a preset, a preset over the defaults.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, TypeVar, get_origin
 
+from packaging.version import InvalidVersion, Version
+
+from preftune import __version__
 from preftune.config.commandline import split_words
-from preftune.config.composed import ComposedConfig
+from preftune.config.composed import VERSION_KEY, ComposedConfig
+from preftune.config.preset import PRESET_KEY, preset_entries
 from preftune.config.problem import InvalidConfig, Problem, shown
 from preftune.config.typed import TypedReader, reader_of
-from preftune.config.yamlfile import read_inline, read_yaml
+from preftune.config.yamlfile import Entry, read_inline, read_yaml
 from preftune.errors import ConfigError
 
 _C = TypeVar("_C", bound=ComposedConfig)
+# Stands for a value that could not be read, which is told already: no type accepts it, and what
+# only follows from it is not told.
+_UNREAD = object()
 
 
 @dataclass(frozen=True)
@@ -24,25 +31,36 @@ class Given:
 
     value: Any
     file: str | None = None
-    """The config file; None on the command line."""
+    """The config file; None on the command line and in a preset."""
     line: int = 0
+    preset: str | None = None
+    """The preset; the user gave its name only."""
 
     @property
     def place(self) -> str:
         """Where, in words."""
+        if self.preset is not None:
+            return f"preset {self.preset}"
         return "command line" if self.file is None else f"{self.file} line {self.line}"
 
     def name_of(self, key: str) -> str:
         """An option as it is written there."""
-        return f"--{key}" if self.file is None else key
+        return f"--{key}" if self.file is None and self.preset is None else key
 
 
 @dataclass(frozen=True)
 class Parsed(Generic[_C]):
-    """A configuration, and which of its values the user gave."""
+    """A configuration, and which of its values the user gave, by himself or by a preset."""
 
     config: _C
     given: dict[str, Given]
+
+    @property
+    def defaulted(self) -> dict[str, Any]:
+        """The settings that apply and that nobody gave: defaults, and what follows from others."""
+        given = {key for key, found in self.given.items() if found.value is not None}
+        values = self.config.to_dict()
+        return {k: v for k, v in values.items() if v is not None and k not in given}
 
 
 def parse_config(cls: type[_C], argv: Sequence[str], *, allow_file: bool = True) -> _C:
@@ -74,68 +92,124 @@ def parse_with_places(cls: type[_C], argv: Sequence[str], *, allow_file: bool = 
         ConfigError: with every mistake found, each with its place.
     """
     reader = reader_of(cls)
-    words = split_words(argv, lambda name: bool in reader.kinds.get(name, ()))
+    known = [*reader.kinds, *([PRESET_KEY] if cls.takes_presets else [])]
+    words = split_words(
+        argv,
+        is_switch=lambda name: bool in reader.kinds.get(name, ()),
+        is_list=lambda name: _takes(list, reader.kinds.get(name, ())),
+    )
     if len(words.files) > int(allow_file):
         raise ConfigError(_too_many_files(words.files, allow_file))
-    given, problems = _read_file(reader, words.files[0]) if words.files else ({}, [])
-    from_line, more = _read_options(reader, words.options)
+    given, problems = _read_file(known, words.files[0]) if words.files else ({}, [])
+    from_line, more = _read_options(reader, known, words.options)
     given |= from_line
-    problems += more
+    without_preset = _add_preset(given)
+    problems += more + without_preset
     try:
         config = cls(**{key: found.value for key, found in given.items()})
     except InvalidConfig as error:
-        raise ConfigError(problems + _located(error.found, given)) from None
+        # What is not given at all, the preset that is not known might have given.
+        found = [p for p in error.found if not without_preset or p.key in given]
+        raise ConfigError(problems + _located(found, given)) from None
     if problems:
         raise ConfigError(problems)
     return Parsed(config, given)
 
 
-def _read_file(reader: TypedReader, path: str) -> tuple[dict[str, Given], list[str]]:
+def _read_file(known: Sequence[str], path: str) -> tuple[dict[str, Given], list[str]]:
     given, problems = {}, []
     for entry in read_yaml(path):
         found = Given(entry.value, path, entry.line)
-        if entry.key not in reader.kinds:
-            problems.append(f"{found.place}: {_unknown(entry.key, reader.kinds, str)}")
-        elif entry.key in given:
+        if entry.key in given:
             first = given[entry.key].line
             problems.append(
                 f"{found.place}: {entry.key} is given twice, first on line {first}; keep one"
             )
+        elif entry.key == VERSION_KEY:
+            problems += _version_problems(entry, found.place)
+        elif entry.key not in known:
+            problems.append(f"{found.place}: {_unknown(entry.key, known, str)}")
+        elif entry.twice is not None:
+            problems.append(f"{found.place}: {entry.key} names {entry.twice!r} twice; keep one")
+            given[entry.key] = Given(_UNREAD, path, entry.line)
         else:
             given[entry.key] = found
     return given, problems
 
 
+def _version_problems(entry: Entry, place: str) -> list[str]:
+    said = f"{place}: {VERSION_KEY} is {shown(entry.value)}"
+    try:
+        newer = Version(str(entry.value)) > Version(__version__)
+    except InvalidVersion:
+        return [f"{said}; it must be a version such as {__version__}, or remove the line"]
+    if not newer:
+        return []
+    remedy = "upgrade preftune, or remove the line to read it anyway"
+    return [f"{said}, which is newer than this preftune, {__version__}; {remedy}"]
+
+
+def _add_preset(given: dict[str, Given]) -> list[str]:
+    """Replace the name of a preset by what it sets and the user does not."""
+    if PRESET_KEY not in given or given[PRESET_KEY].value is None:
+        given.pop(PRESET_KEY, None)
+        return []
+    found = given.pop(PRESET_KEY)
+    try:
+        entries = preset_entries(str(found.value), {k: held.value for k, held in given.items()})
+    except ValueError as error:
+        named = found.name_of(PRESET_KEY)
+        return [f"{found.place}: {named} is {shown(found.value)}; {error}"]
+    for entry in entries:
+        given[entry.key] = Given(entry.value, preset=str(found.value))
+    return []
+
+
 def _read_options(
-    reader: TypedReader, options: Sequence[tuple[str, str | bool | None]]
+    reader: TypedReader,
+    known: Sequence[str],
+    options: Sequence[tuple[str, str | list[str] | bool | None]],
 ) -> tuple[dict[str, Given], list[str]]:
     given: dict[str, Given] = {}
     problems = []
     for key, text in options:
-        if key not in reader.kinds:
+        if key not in known:
             shown_key = key if key.startswith("-") else f"--{key}"
-            problems.append(f"command line: {_unknown(shown_key, reader.kinds, '--{}'.format)}")
+            problems.append(f"command line: {_unknown(shown_key, known, '--{}'.format)}")
         elif text is None:
-            problems.append(f"command line: --{key} has no value; {reader.allowed(key)}")
+            allowed = "see `preftune config presets`"
+            allowed = allowed if key == PRESET_KEY else reader.allowed(key)
+            problems.append(f"command line: --{key} has no value; {allowed}")
+            given.setdefault(key, Given(None if key == PRESET_KEY else _UNREAD))
         elif key in given:
             was = given[key].value
             problems.append(f"command line: --{key} is given twice, {was!r} and {text!r}; keep one")
         else:
             try:
-                given[key] = Given(_meant(text, reader.kinds[key]))
+                given[key] = Given(_meant(text, reader.kinds.get(key, ())))
             except ConfigError as error:
                 problems.append(f"command line: --{key} is {text!r}; it is {error}")
+                given[key] = Given(_UNREAD)
     return given, problems
 
 
-def _meant(text: str | bool, kinds: Sequence[Any]) -> Any:
-    """What a word stands for where that does not need its field's type: null, or a mapping."""
-    if isinstance(text, str) and any(get_origin(kind) is dict for kind in kinds):
-        return read_inline(text)
+def _meant(text: str | list[str] | bool, kinds: Sequence[Any]) -> Any:
+    """What a word stands for where that does not need its field's type: null, mappings, lists."""
+    if isinstance(text, str):
+        opening = text.lstrip()[:1]
+        # Where plain text is allowed, too, only a bracket says that it is none.
+        if _takes(dict, kinds) and (str not in kinds or opening == "{"):
+            return read_inline(text)
+        if _takes(list, kinds) and opening == "[":
+            return read_inline(text)
     return None if text == "null" else text
 
 
-def _unknown(shown: str, known: dict[str, Any], spell: Callable[[str], str]) -> str:
+def _takes(container: type, kinds: Sequence[Any]) -> bool:
+    return any(get_origin(kind) is container for kind in kinds)
+
+
+def _unknown(shown: str, known: Sequence[str], spell: Callable[[str], str]) -> str:
     """What to say of a name that is no option, with the names it may stand for."""
     name = shown.lstrip("-").replace("-", "_").lower()
     near = [key for key in known if len(name) > 2 and key.startswith(name)][:3]
@@ -148,6 +222,7 @@ def _located(found: Sequence[Problem], given: dict[str, Given]) -> list[str]:
     """The problems with their places: those of the file by line, the command line, then others."""
     order = {key: index for index, key in enumerate(given)}
     lines = []
+    found = [problem for problem in found if problem.value is not _UNREAD]
     for problem in sorted(found, key=lambda problem: order.get(problem.key, len(order))):
         source = given.get(problem.key)
         if source is None:

@@ -26,6 +26,9 @@ _ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 class TrainingConfig(Section):
     """Length, batch size, learning rate and optimizer."""
 
+    stage: Literal["dpo"] = "dpo"
+    """What kind of training. dpo: on pairs, with a loss of the DPO family."""
+
     num_epochs: float | None = None
     """Passes over the training pairs, above 0; may be a fraction. Unset: 1, unless
     `max_train_steps` is given."""

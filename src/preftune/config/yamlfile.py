@@ -25,6 +25,8 @@ class Entry:
     """Text, None, or dicts and lists of such."""
     line: int
     """Counted from 1."""
+    twice: str | None = None
+    """A name that a mapping inside the value holds twice, so that one of them would be lost."""
 
 
 def read_yaml(path: str) -> list[Entry]:
@@ -49,7 +51,8 @@ def read_yaml(path: str) -> list[Entry]:
         at = f"{path} line {root.start_mark.line + 1}"
         raise ConfigError(f"{at}: the file must hold a mapping, one `key: value` a line")
     return [
-        Entry(str(_value(key)), _value(value), key.start_mark.line + 1) for key, value in root.value
+        Entry(_name(key), _value(value), key.start_mark.line + 1, _name_given_twice(value))
+        for key, value in root.value
     ]
 
 
@@ -60,10 +63,14 @@ def read_inline(text: str) -> Any:
         text: the YAML.
 
     Raises:
-        ConfigError: it is not valid YAML.
+        ConfigError: it is not valid YAML, or a mapping holds a name twice.
     """
     root = _compose(text)
-    return None if root is None else _value(root)
+    if root is None:
+        return None
+    if twice := _name_given_twice(root):
+        raise ConfigError(f"a mapping that names {twice!r} twice; keep one")
+    return _value(root)
 
 
 def _compose(text: str, path: str | None = None) -> yaml.Node | None:
@@ -84,9 +91,26 @@ def _value(node: yaml.Node, depth: int = 0) -> Any:
     if depth > _DEEPEST:  # No option nests this far; an alias may contain itself.
         return "..."
     if isinstance(node, yaml.MappingNode):
-        return {str(_value(k, depth + 1)): _value(v, depth + 1) for k, v in node.value}
+        return {_name(key): _value(value, depth + 1) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, depth + 1) for item in node.value]
     assert isinstance(node, yaml.ScalarNode)
     # style is None for plain words; quoted ones are text whatever they spell.
     return None if node.style is None and node.value in _NULL else node.value
+
+
+def _name(node: yaml.Node) -> str:
+    """The key of a mapping as it is written, whatever YAML takes it for."""
+    return node.value if isinstance(node, yaml.ScalarNode) else str(_value(node))
+
+
+def _name_given_twice(node: yaml.Node, depth: int = 0) -> str | None:
+    if depth > _DEEPEST or isinstance(node, yaml.ScalarNode):
+        return None
+    held = node.value
+    if isinstance(node, yaml.MappingNode):
+        names = [_name(key) for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            return twice
+        held = [value for _, value in node.value]
+    return next(filter(None, (_name_given_twice(item, depth + 1) for item in held)), None)

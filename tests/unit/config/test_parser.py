@@ -229,7 +229,7 @@ def test_what_is_required_is_asked_for():
         "model_name_or_path is not set; it must name a model on the Hugging Face Hub, a folder "
         "or a GGUF file",
         "dataset_name is not set; it must name a file, a folder or a dataset on the Hugging Face "
-        "Hub",
+        "Hub; or give dataset_mixer or dataset_mixer_list",
     ]
 
 
