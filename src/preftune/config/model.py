@@ -7,7 +7,7 @@ from typing import Literal
 from preftune.config.problem import Problem
 from preftune.config.section import Section
 
-CHAT_TEMPLATES = ("chatml", "tulu", "zephyr")
+CHAT_TEMPLATES = ("alpaca", "chatml", "llama3", "plain", "tulu", "zephyr")
 """Names of the chat templates that come with preftune."""
 
 
@@ -26,8 +26,9 @@ class ModelConfig(Section):
     """The tokenizer: a name on the Hub or a folder. Unset: the model's own."""
 
     chat_template: str | None = None
-    """How messages become text: chatml, tulu, zephyr or the path of a .jinja file. Unset: the
-    tokenizer's own."""
+    """How messages become text: alpaca, chatml, llama3, plain, tulu, zephyr, the path of a .jinja
+    file, or the folder or Hub id of a tokenizer whose template is taken. Unset: the tokenizer's
+    own."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How weights are stored; how products are computed is `mixed_precision`. bfloat16 weights
@@ -53,9 +54,13 @@ class ModelConfig(Section):
             message = "it must name a model on the Hugging Face Hub, a folder or a GGUF file"
             found.append(Problem("model_name_or_path", None, message))
         template = self.chat_template
-        if template and template not in CHAT_TEMPLATES and not template.endswith(".jinja"):
+        named = template and ("/" in template or template.endswith(".jinja"))
+        if template is not None and not named and template not in CHAT_TEMPLATES:
             near = get_close_matches(template, CHAT_TEMPLATES, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            message = f"it must be {', '.join(CHAT_TEMPLATES)} or the path of a .jinja file{hint}"
+            message = (
+                f"it must be {', '.join(CHAT_TEMPLATES)}, the path of a .jinja file, or the folder "
+                f"(./name) or Hub id (owner/name) of a tokenizer{hint}"
+            )
             found.append(Problem("chat_template", template, message))
         return found
