@@ -124,9 +124,9 @@ class Prover:
         tokenizer = self._tokenizer
         if tokenizer.bos_token_id == tokenizer.eos_token_id or not tokenizer.chat_template:
             return tokenizer.bos_token_id == tokenizer.eos_token_id
-        question: Message = {"role": "user", "content": "Q"}
+        roles = ("user", "assistant", "user", "assistant")
         try:
-            text = render(tokenizer, [question, {"role": "assistant", "content": "A"}])
+            text = render(tokenizer, [{"role": role, "content": "preftune"} for role in roles])
         except TemplateRefused:  # then there are text rows only
             return False
         return str(tokenizer.bos_token) in text[1:]

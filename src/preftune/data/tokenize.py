@@ -313,9 +313,12 @@ class PairTokenizer:
         if not all(text.startswith(edge) for edge in edges):
             return DropReason.NOT_A_PREFIX
         cuts = [len(row.prompt), *map(len, edges), len(text)]
+        # Behind a special token, no tokenizer takes a piece for the start of a text, to which some
+        # add a space.
+        stop = self._decode([row.stop_id])
         sequence, upto = prompt, [prompt]
-        for piece in self._encode_bare([text[a:b] for a, b in pairwise(cuts)]):
-            sequence = sequence + piece
+        for piece in self._encode_bare([stop + text[a:b] for a, b in pairwise(cuts)]):
+            sequence = sequence + piece[1:]
             upto.append(sequence)
         if self._decode(sequence) != self._decode(joint):
             return DropReason.NOT_A_PREFIX
