@@ -1,23 +1,20 @@
 """Chat templates: the built-in ones, and what a template writes around an assistant's answer."""
 
-import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from preftune.data.template_files import builtin_templates, template_text
 from preftune.errors import ConfigError, DataError
 from preftune.schema import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = Path(__file__).parent / "templates"
-
 _QUESTION: Message = {"role": "user", "content": "preftune's probe question"}
 _ANSWER: Message = {"role": "assistant", "content": "preftune's probe answer"}
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "preftune_probe_tool",
@@ -25,7 +22,17 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
-
+_CALL: Message = {
+    "role": "assistant",
+    "content": "preftune's probe answer",
+    "tool_calls": [
+        {
+            "id": "probe0001",  # the length that Mistral's templates insist on
+            "type": "function",
+            "function": {"name": _TOOL["function"]["name"], "arguments": {}},
+        }
+    ],
+}
 
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26"}
 _DATE |= {"%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"}
@@ -44,8 +51,10 @@ class AnswerFrame:
 
     lead: str
     """Header text that comes after the generation prompt and before the content: the empty think
-    block of Qwen3, the whole header where a template ignores `add_generation_prompt`. Blanks do not
-    count: they merge with the answer's first token and so belong to it."""
+    block of Qwen3, the whole header where a template ignores `add_generation_prompt`. Blanks alone
+    do not count: they merge with the answer's first token and so belong to it."""
+    blank: str
+    """Those blanks: the space in Mistral's `[/INST] answer`."""
     stop: str
     """From the content's end through the stop token; empty if the template writes none."""
     trailer: str
@@ -54,53 +63,38 @@ class AnswerFrame:
     """Id of the stop token; the tokenizer's `eos_token` if the template writes none."""
 
 
-def builtin_templates() -> list[str]:
-    """Names that `set_chat_template` knows by themselves."""
-    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-
-
 def set_chat_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> None:
     """Give a tokenizer a chat template.
 
+    A built-in template of a tokenizer that begins texts with a BOS writes it, too: chat prompts are
+    tokenised as they are rendered when the model is used, without a BOS of the tokenizer's own.
+
     Args:
         tokenizer: changed in place; saved with the model, so that users get the same template.
-        chat_template: a built-in name (`chatml`, `tulu`, `zephyr`) or the path of a Jinja file.
+        chat_template: a built-in name, the path of a Jinja file, or the folder or Hub id of a
+            tokenizer whose template is taken.
 
     Raises:
-        ConfigError: no such name or file, or a template that cannot render a question and answer.
+        ConfigError: nothing has that name, or its template cannot render a question and answer, or
+            ends an answer with what is no token of this tokenizer.
     """
-    if chat_template in builtin_templates():
-        path = TEMPLATES / f"{chat_template}.jinja"
-    else:
-        path = Path(chat_template).expanduser()
-        if not path.is_file():
-            raise ConfigError(_unknown_template(chat_template))
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"chat_template: {path} cannot be read ({error}); check the file"
-        ) from None
+    text = template_text(chat_template)
+    if chat_template in builtin_templates() and front_tokens(tokenizer) == [tokenizer.bos_token_id]:
+        text = "{{- bos_token }}" + text
     before = tokenizer.chat_template
     tokenizer.chat_template = text
     try:
         answer_frame(tokenizer)
-    except (DataError, TemplateRefused) as error:
+    except DataError as error:
+        tokenizer.chat_template = before
+        raise ConfigError(f"chat_template {chat_template!r}: {error}") from None
+    except TemplateRefused as error:
         tokenizer.chat_template = before
         raise ConfigError(
-            f"chat_template: {path} does not work on a question and its answer: {error}; correct "
-            f"the template, or use a built-in one ({', '.join(builtin_templates())})"
+            f"chat_template: {chat_template!r} does not work on a question and its answer: "
+            f"{error}; correct the template, or use a built-in one "
+            f"({', '.join(builtin_templates())})"
         ) from None
-
-
-def _unknown_template(name: str) -> str:
-    names = builtin_templates()
-    near = difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"chat_template: {name!r} is neither a built-in template nor a file; {hint}Built-in names "
-        f"are {', '.join(names)}; otherwise give the path of a .jinja file"
-    )
 
 
 def render(
@@ -155,14 +149,16 @@ def answer_frame(tokenizer: "PreTrainedTokenizerBase") -> AnswerFrame:
     searched for its text.
 
     Raises:
-        DataError: no chat template, one that does not write the assistant's content as it is, or
-            one that writes no stop token while the tokenizer has no `eos_token` either.
+        DataError: no chat template, one that does not write the assistant's content as it is, one
+            that ends it with what is no token, or one that writes no stop token while the tokenizer
+            has no `eos_token` either.
         TemplateRefused: the template raised an error.
     """
     if not tokenizer.chat_template:
         raise DataError(
             "the rows are chat messages, and the tokenizer has no chat template; choose one with "
-            f"--chat_template NAME ({', '.join(builtin_templates())}, or the path of a .jinja file)"
+            f"--chat_template NAME ({', '.join(builtin_templates())}, the path of a .jinja file, "
+            "or the Hub id of a tokenizer that has one)"
         )
     header = render(tokenizer, [_QUESTION], open_answer=True)
     full = render(tokenizer, [_QUESTION, _ANSWER])
@@ -170,13 +166,14 @@ def answer_frame(tokenizer: "PreTrainedTokenizerBase") -> AnswerFrame:
     if full.count(content) != 1:
         raise DataError(
             f"the chat template writes the assistant's message {full.count(content)} times where "
-            "once was expected; choose another with --chat_template"
+            "once was expected; choose another template with --chat_template"
         )
     before, _, tail = full.partition(content)
     lead = before[len(header) :] if before.startswith(header) else ""
     stop, stop_id = _stop(tokenizer, tail)
     return AnswerFrame(
         lead=lead if lead.strip() else "",
+        blank="" if lead.strip() else lead,
         stop=stop,
         trailer=tail[len(stop) :],
         stop_id=stop_id,
@@ -187,6 +184,14 @@ def shows_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template writes tool schemas at all."""
     plain = render(tokenizer, [_QUESTION], open_answer=True)
     return render(tokenizer, [_QUESTION], tools=[_TOOL], open_answer=True) != plain
+
+
+def shows_tool_calls(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template writes an assistant's calls of tools, or refuses them aloud."""
+    try:
+        return _TOOL["function"]["name"] in render(tokenizer, [_QUESTION, _CALL], tools=[_TOOL])
+    except TemplateRefused:  # so it does on the rows, each of which is then counted
+        return True
 
 
 def _stop(tokenizer: "PreTrainedTokenizerBase", tail: str) -> tuple[str, int]:
@@ -201,6 +206,12 @@ def _stop(tokenizer: "PreTrainedTokenizerBase", tail: str) -> tuple[str, int]:
         if found:
             at, _, token_id, text = min(found)
             return tail[: at + len(text)], int(token_id)
+    if tail.strip():
+        raise DataError(
+            f"the chat template ends an answer with {tail.strip()!r}, which holds no token of this "
+            "tokenizer that could stop the model; choose a template that stops with eos_token "
+            "(--chat_template alpaca, plain, tulu or zephyr), or a tokenizer that has the token"
+        )
     return "", eos_id(tokenizer)
 
 
@@ -217,3 +228,13 @@ def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
             "eos_token in its tokenizer_config.json"
         )
     return eos
+
+
+def front_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts in front of a text by itself: `[bos]`, or nothing."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # pyright: ignore
+    whole = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # pyright: ignore
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []

@@ -28,7 +28,7 @@ LENGTH_REASONS = frozenset({DropReason.OVER_LENGTH, DropReason.PROMPT_OVER_LENGT
 
 MEANING: dict[DropReason, str] = {
     DropReason.EMPTY_PROMPT: "the prompt has no tokens, so nothing predicts the first answer token",
-    DropReason.EMPTY_COMPLETION: "an answer holds nothing but its stop token",
+    DropReason.EMPTY_COMPLETION: "an answer holds nothing but blanks and its stop token",
     DropReason.EQUAL_COMPLETIONS: "chosen and rejected are the same tokens",
     DropReason.NOT_A_PREFIX: (
         "the prompt's tokens do not begin the sequence of prompt and answer: a text prompt that "

@@ -2,7 +2,9 @@
 
 Three steps: write each row as the exact texts of its prompt and of its full sequences, tokenise
 those, and compare. No span is found by searching for text: a completion is what the sequence has
-after the prompt's own tokens, and where these do not begin it, the row is dropped and counted.
+after the prompt's own tokens. Where these do not begin it, because the answer's first characters
+merge with the header's last, a chat answer is tokenised by itself, as the model would go on from
+its prompt, and kept if it decodes to the same text; any other row is dropped and counted.
 
     prompt     <|im_start|>user⏎2+2?<|im_end|>⏎<|im_start|>assistant⏎
     sequence   <|im_start|>user⏎2+2?<|im_end|>⏎<|im_start|>assistant⏎4<|im_end|>
@@ -12,7 +14,8 @@ after the prompt's own tokens, and where these do not begin it, the row is dropp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import xxhash
@@ -22,7 +25,9 @@ from preftune.data.chat import (
     TemplateRefused,
     answer_frame,
     eos_id,
+    front_tokens,
     render,
+    shows_tool_calls,
     shows_tools,
 )
 from preftune.data.reasons import Dropped, DropReason
@@ -31,6 +36,9 @@ from preftune.schema import Completion, Example, Message, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Spans: TypeAlias = list[tuple[list[int], list[int]]]
+"""Of each assistant's turn, the ids up to its start and up to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ class PairTokenizer:
             tokenizer: from transformers; not changed.
         """
         self._tokenizer = tokenizer
-        self._front = _front_tokens(tokenizer)
+        self._front = front_tokens(tokenizer)
         # One int object per token id, shared by all rows: 8 bytes a token in place of 36.
         self._shared_ids = list(range(max(tokenizer.get_vocab().values()) + 1))
 
@@ -87,8 +95,8 @@ class PairTokenizer:
             One result an example, in order.
 
         Raises:
-            DataError: messages without a chat template, tools that the template does not show, or
-                no stop token.
+            DataError: messages without a chat template, tools or calls of tools that the template
+                does not show, or no stop token.
         """
         rendered = [self._render(example) for example in examples]
         texts = [t for r in rendered if isinstance(r, _Rendered) for t in r.texts()]
@@ -105,6 +113,14 @@ class PairTokenizer:
         """Tokenise texts, with what the tokenizer puts in front (BOS), once, and nothing behind."""
         if not texts:
             return []
+        front = self._front
+        # A template or a text may write the BOS itself.
+        return [
+            ids if ids[: len(front)] == front else front + ids for ids in self._encode_bare(texts)
+        ]
+
+    def _encode_bare(self, texts: list[str]) -> list[list[int]]:
+        """Tokenise texts with nothing in front or behind."""
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -112,12 +128,7 @@ class PairTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        front = self._front
-        # A template or a text may write the BOS itself.
-        return [
-            ids if ids[: len(front)] == front else front + ids
-            for ids in encoded["input_ids"]  # pyright: ignore[reportGeneralTypeIssues]
-        ]
+        return encoded["input_ids"]  # pyright: ignore[reportReturnType]
 
     # ---- rows as texts
 
@@ -127,11 +138,7 @@ class PairTokenizer:
         unfit = _unfit_messages(example)
         if unfit is not None:
             return unfit
-        if example.tools and not self._shows_tools:
-            raise DataError(
-                f"{example.row_id} has tools, and the chat template does not write them; choose "
-                "another with --chat_template, or remove the tools"
-            )
+        self._check_tools(example)
         try:
             return self._render_chat(example)
         except TemplateRefused as error:
@@ -139,10 +146,27 @@ class PairTokenizer:
         except _UnexpectedEnding as error:
             return Dropped(example.row_id, DropReason.UNEXPECTED_ENDING, str(error))
 
-    def _render_text(self, example: Example) -> _Rendered:
+    def _check_tools(self, example: Example) -> None:
+        """Refuse tools, and calls of tools, that would be lost on the way to the text."""
+        if example.tools and not self._shows_tools:
+            lost = "tools"
+        elif _calls_tools(example) and not self._shows_tool_calls:
+            lost = "calls of tools"
+        else:
+            return
+        raise DataError(
+            f"{example.row_id} has {lost}, and the chat template does not write them; choose "
+            "another with --chat_template (the Hub id of a tokenizer that writes them), or remove "
+            "them from the rows"
+        )
+
+    def _render_text(self, example: Example) -> _Rendered | Dropped:
         prompt = example.prompt
         assert isinstance(prompt, str)
         answers = [a for a in example.completions if isinstance(a, str)]
+        eos = str(self._tokenizer.eos_token or "")
+        if any(_blank(answer.strip().removesuffix(eos)) for answer in answers):
+            return Dropped(example.row_id, DropReason.EMPTY_COMPLETION)
         return _Rendered(
             example=example,
             prompt=prompt,
@@ -162,6 +186,9 @@ class PairTokenizer:
             if not text.startswith(prompt):
                 detail = f"the template writes the prompt as {prompt[-60:]!r} before an answer"
                 return Dropped(example.row_id, DropReason.NOT_A_PREFIX, detail)
+            # A template that strips thoughts may leave nothing.
+            if len(answer) == 1 and _blank(text[len(prompt) :].removesuffix(frame.stop)):
+                return Dropped(example.row_id, DropReason.EMPTY_COMPLETION)
             sequences.append(text)
         if frame.lead and all(text.startswith(prompt + frame.lead) for text in sequences):
             prompt += frame.lead
@@ -212,6 +239,10 @@ class PairTokenizer:
     def _shows_tools(self) -> bool:
         return shows_tools(self._tokenizer)
 
+    @cached_property
+    def _shows_tool_calls(self) -> bool:
+        return shows_tool_calls(self._tokenizer)
+
     # ---- ids as completions
 
     def _finish(self, row: _Rendered, ids: list[list[int]]) -> TokenizedExample | Dropped:
@@ -221,14 +252,15 @@ class PairTokenizer:
         if not prompt:
             return Dropped(example.row_id, DropReason.EMPTY_PROMPT)
         completions: list[Completion] = []
-        for sequence, turns in zip(ids[1:], row.turns, strict=False):
+        for k, (sequence, turns) in enumerate(zip(ids[1:], row.turns, strict=False)):
             spans = [(next(edges), next(edges)) for _ in turns]
-            if sequence[: len(prompt)] != prompt:
-                detail = f"the tokens of prompt and answer merge at {row.prompt[-20:]!r}"
-                return Dropped(example.row_id, DropReason.NOT_A_PREFIX, detail)
-            completion = self._completion(sequence, len(prompt), spans, row.stop_id)
+            completion = self._completion(prompt, sequence, spans, row.stop_id)
+            if completion is DropReason.NOT_A_PREFIX:
+                completion = self._completion_apart(row, k, prompt, sequence)
             if isinstance(completion, DropReason):
-                return Dropped(example.row_id, completion, _detail(completion))
+                unlike = completion is DropReason.NOT_A_PREFIX
+                detail = _detail(row, prompt, sequence) if unlike else ""
+                return Dropped(example.row_id, completion, detail)
             completions.append(completion)
         if len(completions) > 1 and all(c.ids == completions[0].ids for c in completions):
             return Dropped(example.row_id, DropReason.EQUAL_COMPLETIONS)
@@ -242,14 +274,12 @@ class PairTokenizer:
         )
 
     def _completion(
-        self,
-        sequence: list[int],
-        start: int,
-        spans: list[tuple[list[int], list[int]]],
-        stop_id: int,
+        self, prompt: list[int], sequence: list[int], spans: _Spans, stop_id: int
     ) -> Completion | DropReason:
         """Cut one completion out of its sequence; `spans` are the edges of its many turns."""
-        if not sequence[start:]:
+        if sequence[: len(prompt)] != prompt:
+            return DropReason.NOT_A_PREFIX
+        if sequence == prompt:
             return DropReason.EMPTY_COMPLETION
         if sequence[-1] != stop_id:
             sequence = [*sequence, stop_id]
@@ -261,21 +291,63 @@ class PairTokenizer:
             if stop_id in through[len(before) : -1]:
                 return DropReason.STOP_TOKEN_INSIDE
             scored[len(before) : len(through)] = [True] * (len(through) - len(before))
-        ids, mask = sequence[start:], scored[start:]
+        ids, mask = sequence[len(prompt) :], scored[len(prompt) :]
         if not any(m and i != stop_id for i, m in zip(ids, mask, strict=True)):
             return DropReason.EMPTY_COMPLETION
         if not spans and stop_id in ids[:-1]:
             return DropReason.STOP_TOKEN_INSIDE
         return Completion(self._share(ids), tuple(mask) if spans else None)
 
+    def _completion_apart(
+        self, row: _Rendered, k: int, prompt: list[int], joint: list[int]
+    ) -> Completion | DropReason:
+        """Tokenise the answer apart from its prompt, as the model goes on from it.
+
+        What comes out must decode to the text of the joint tokens. Text rows are left out: there,
+        a prompt that ends in a space asks the model for words it never writes so.
+        """
+        if isinstance(row.example.prompt, str):
+            return DropReason.NOT_A_PREFIX
+        text = row.sequences[k]
+        edges = [edge for turn in row.turns[k] for edge in (turn.start, turn.end)]
+        if not all(text.startswith(edge) for edge in edges):
+            return DropReason.NOT_A_PREFIX
+        cuts = [len(row.prompt), *map(len, edges), len(text)]
+        # Behind a special token, no tokenizer takes a piece for the start of a text, to which some
+        # add a space.
+        stop = self._decode([row.stop_id])
+        sequence, upto = prompt, [prompt]
+        for piece in self._encode_bare([stop + text[a:b] for a, b in pairwise(cuts)]):
+            sequence = sequence + piece[1:]
+            upto.append(sequence)
+        if self._decode(sequence) != self._decode(joint):
+            return DropReason.NOT_A_PREFIX
+        spans = list(zip(upto[1:-1:2], upto[2:-1:2], strict=True))
+        return self._completion(prompt, sequence, spans, row.stop_id)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
     def _share(self, ids: list[int]) -> tuple[int, ...]:
         return tuple(map(self._shared_ids.__getitem__, ids))
 
 
-def _detail(reason: DropReason) -> str:
-    if reason is DropReason.NOT_A_PREFIX:
-        return "the template writes an assistant's turn otherwise once the conversation goes on"
-    return ""
+def _detail(row: _Rendered, prompt: list[int], sequence: list[int]) -> str:
+    if sequence[: len(prompt)] != prompt:
+        return f"the tokens of prompt and answer merge at {row.prompt[-20:]!r}"
+    return "the template writes an assistant's turn otherwise once the conversation goes on"
+
+
+def _blank(text: str) -> bool:
+    return not text.strip()
+
+
+def _calls_tools(example: Example) -> bool:
+    texts = (example.prompt, *example.completions)
+    return any(message.get("tool_calls") for text in texts for message in _messages(text))
 
 
 def _messages(text: str | list[Message]) -> list[Message]:
@@ -300,16 +372,6 @@ def _unfit_messages(example: Example) -> Dropped | None:
             detail = f"an answer begins with a message by {answer[0]['role']!r}"
             return Dropped(example.row_id, DropReason.NOT_A_PREFIX, detail)
         turns = [m for m in answer if m["role"] == "assistant"]
-        if not any(m.get("content") or m.get("tool_calls") for m in turns):
+        if any(_blank(m.get("content") or "") and not m.get("tool_calls") for m in turns):
             return Dropped(example.row_id, DropReason.EMPTY_COMPLETION)
     return None
-
-
-def _front_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts in front of a text by itself: `[bos]`, or nothing."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])  # pyright: ignore
-    whole = list(tokenizer("a", add_special_tokens=True)["input_ids"])  # pyright: ignore
-    for at in range(len(whole) - len(plain) + 1):
-        if whole[at : at + len(plain)] == plain:
-            return whole[:at]
-    return []

@@ -1,5 +1,6 @@
 """Tokenizer and datasets of an experiment: all that can be checked before weights load."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from preftune.config.dataset import PairsConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
+from preftune.config.paths import cache_root
 from preftune.data.chat import set_chat_template
-from preftune.data.pairs import PairDataset, load_pairs
-from preftune.data.splits import split_by_prompt
+from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
+from preftune.data.splits import split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, ModelError
 from preftune.model.load import check_model_files, load_model_config, load_tokenizer
@@ -23,7 +25,8 @@ class Pairs:
     """Tokenised pairs of an experiment."""
 
     train: PairDataset
-    held_out: PairDataset | None
+    held_out: dict[str, PairDataset]
+    """Label -> pairs; the label of a single set is empty."""
 
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -44,22 +47,42 @@ def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_experiment_pairs(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> Pairs:
-    """Read, check and tokenise training and held-out pairs, and say what was kept."""
-    name, split = config.dataset_name, config.dataset_split
-    train = load_dataset_pairs(config, tokenizer, display, name, split, config.max_train_samples)
-    held_out = None
-    if config.eval_dataset is not None:
-        split = config.eval_split or "test"
-        held_out = load_dataset_pairs(config, tokenizer, display, config.eval_dataset, split)
-    elif config.test_size is not None:
-        train, held_out = split_by_prompt(train, config.test_size, config.seed)
+    """Read, check and tokenise training and held-out pairs, and say what was kept.
+
+    No prompt is on both sides: `test_size` splits by prompt, and rows whose prompt stands in
+    `eval_dataset` are left out of training.
+    """
+    train = load_dataset_pairs(
+        config,
+        tokenizer,
+        display,
+        config.sources,
+        config.dataset_split,
+        max_rows=config.max_train_samples,
+        seed=config.seed,
+    )
+    if config.test_size is not None:
+        train, test = split_by_prompt(train, config.test_size, config.seed)
+        held_out = {"": test}
         display.say(
             f"split by prompt: {len(train.examples)} pairs to train on, "
-            f"{len(held_out.examples)} held out"
+            f"{len(test.examples)} held out"
         )
-    for dataset in (train, held_out):
-        if dataset is not None:
-            check_fits_model(config, dataset)
+    else:
+        split = config.eval_split or "test"
+        held_out = {
+            label: load_dataset_pairs(config, tokenizer, display, [(name, None)], split)
+            for label, name in config.eval_sources.items()
+        }
+        before = len(train.examples)
+        train = without_prompts_of(train, list(held_out.values()))
+        if removed := before - len(train.examples):
+            display.say(
+                f"{removed} pairs are left out of training: eval_dataset has their prompts too"
+            )
+    train = train.repeated()
+    for dataset in (train, *held_out.values()):
+        check_fits_model(config, dataset)
     return Pairs(train, held_out)
 
 
@@ -67,27 +90,35 @@ def load_dataset_pairs(
     config: PairsConfig,
     tokenizer: PreTrainedTokenizerBase,
     display: ProgressDisplay,
-    name: str | None,
+    sources: Sequence[tuple[str, int | float | None]],
     split: str,
+    *,
     max_rows: int | None = None,
+    seed: int = 0,
 ) -> PairDataset:
-    """Read, check and tokenise one dataset, and say what was kept."""
-    assert name is not None  # the config refuses an unset dataset
-    if split not in ("train", "test") and Path(name).expanduser().is_file():
-        raise ConfigError(
-            f"the split asked for is {split!r}, but {name} is one file without splits; leave it out"
-        )
+    """Read, check and tokenise one dataset, or a mix of several, and say what was kept."""
+    for name, _ in sources:
+        if split not in ("train", "test") and Path(name).expanduser().is_file():
+            raise ConfigError(
+                f"the split asked for is {split!r}, but {name} is one file without splits; leave "
+                "it out"
+            )
+    cache = cache_root(config.cache_dir) / "datasets"
     with display.stage("tokenise", None, "row") as update:
         dataset = load_pairs(
-            name,
+            sources,
             split=split,
-            column_map=config.column_map,
             tokenizer=tokenizer,
+            column_map=config.column_map,
+            transforms=config.dataset_transforms or (),
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length,
             truncation=config.truncation,
             max_dropped_fraction=config.max_dropped_fraction,
             max_rows=max_rows,
+            seed=seed,
+            cache=None if config.dataset_cache_mode == "off" else cache,
+            num_proc=config.num_proc or 1,
             progress=counting(update),
         )
     display.say(describe_counts(dataset))
@@ -142,8 +173,9 @@ def _check_rope(config: ModelConfig, model_config: Any, longest: str, length: in
 
 
 def describe_counts(dataset: PairDataset) -> str:
-    """One line: rows read, kept, and dropped by reason."""
+    """Rows read, kept, and dropped by reason: a line, and one more for each source of a mix."""
     counts = dataset.counts
+    lines = [_describe_source(source) for source in dataset.sources if source.amount is not None]
     text = f"{dataset.name}: {counts.read} rows read, {counts.kept} kept"
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
     if dropped:
@@ -155,4 +187,20 @@ def describe_counts(dataset: PairDataset) -> str:
         text += f"; {dataset.num_text_rows} are plain text, without a chat template"
     if dataset.unread_columns:
         text += f"; columns not read yet: {', '.join(dataset.unread_columns)}"
-    return text
+    if dataset.reused:
+        text += "; tokens from the cache"
+    return "\n".join([text, *lines])
+
+
+def _describe_source(source: SourceCounts) -> str:
+    usable = source.counts.kept + source.counts.not_drawn
+    if isinstance(source.amount, int):
+        rows = "row" if source.amount == 1 else "rows"
+        asked = f"{source.amount} {rows}, for {source.amount} is a number of rows"
+        if source.amount == 1:
+            asked += " (all of them would be 1.0)"
+    else:
+        asked = f"{source.amount} of the rows"
+        if source.amount == 1:
+            asked += ", all of them (a single row would be 1)"
+    return f"  {source.name}: {source.num_drawn} of {usable} pairs: {asked}"

@@ -43,7 +43,7 @@ def check(config: ExperimentConfig) -> str:
         config.to_yaml().rstrip(),
         "",
         describe_counts(pairs.train),
-        *([describe_counts(pairs.held_out)] if pairs.held_out else []),
+        *map(describe_counts, pairs.held_out.values()),
         _describe_lengths(pairs.train),
         f"pairs a step: {batch} = {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",

@@ -80,14 +80,15 @@ class Run:
             "data": _describe_data(pairs),
         }
 
-    def batchers(self, fields: dict[str, Any]) -> tuple[PairBatcher, PairBatcher | None]:
-        """Training and held-out pairs with their reference values."""
+    def batchers(self, fields: dict[str, Any]) -> tuple[PairBatcher, dict[str, PairBatcher]]:
+        """Training pairs, and held-out ones by label, with their reference values."""
         namespace = namespace_key(fields)
         train = self._batcher(self.pairs.train.examples, fields, "reference")
-        held_out = None
-        if self.pairs.held_out is not None and self.config.eval_strategy != "never":
-            examples = self.pairs.held_out.examples
-            held_out = self._batcher(examples, fields, "reference (held out)")
+        held_out = {}
+        if self.config.eval_strategy != "never":
+            for label, pairs in self.pairs.held_out.items():
+                stage = f"reference ({label or 'held out'})"
+                held_out[label] = self._batcher(pairs.examples, fields, stage)
         if train.reference is not None:
             self.manifest["reference_namespace"] = namespace
         return train, held_out
@@ -129,21 +130,33 @@ class Run:
         return PairBatcher(examples, sums, config.layout, runtime.device)
 
     def evaluator(
-        self, model: nn.Module, objective: PreferenceObjective, held_out: PairBatcher | None
-    ) -> Callable[[], dict[str, float]] | None:
-        """What evaluates the held-out pairs; None without them."""
-        if held_out is None:
+        self, model: nn.Module, objective: PreferenceObjective, held_out: dict[str, PairBatcher]
+    ) -> Callable[[], dict[str, dict[str, float]]] | None:
+        """What evaluates the held-out pairs, by label; None without them."""
+        if not held_out:
             return None
-        batch_size = self.config.eval_batch_size
 
-        def evaluate() -> dict[str, float]:
-            with self.display.stage("evaluate", len(held_out.examples), "pair") as update:
-                metrics = evaluate_pairs(
-                    model, objective, held_out, batch_size, self.runtime, counting(update)
-                )
-            return {f"eval/{name}": value for name, value in metrics.items()}
+        def evaluate() -> dict[str, dict[str, float]]:
+            return {
+                label: self._evaluate(model, objective, label, batcher)
+                for label, batcher in held_out.items()
+            }
 
         return evaluate
+
+    def _evaluate(
+        self, model: nn.Module, objective: PreferenceObjective, label: str, batcher: PairBatcher
+    ) -> dict[str, float]:
+        stage = f"evaluate {label}".rstrip()
+        with self.display.stage(stage, len(batcher.examples), "pair") as update:
+            return evaluate_pairs(
+                model,
+                objective,
+                batcher,
+                self.config.eval_batch_size,
+                self.runtime,
+                counting(update),
+            )
 
     def begin(self, state: TrainState) -> MetricsFile:
         """Make or take up the folder; restores the checkpoint, if there is one."""
@@ -196,11 +209,11 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the straight one."""
-        held_out = self.pairs.held_out
+        held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
         return {
             "model weights": self.manifest["model"]["weights"],
             "dataset": self.pairs.train.examples.fingerprint(),
-            "held-out dataset": None if held_out is None else held_out.examples.fingerprint(),
+            "held-out datasets": held_out,
             "pairs a step": self.manifest["global_batch_size"],
             "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
@@ -283,10 +296,12 @@ class Run:
 
 
 def _describe_data(pairs: Pairs) -> dict[str, Any]:
+    sets = {"train": pairs.train}
+    sets |= {f"held_out/{label}".rstrip("/"): held for label, held in pairs.held_out.items()}
     return {
         label: {"name": dataset.name, "fingerprint": dataset.examples.fingerprint()}
         | {"num_pairs": len(dataset.examples)}
         | dataset.counts.as_dict()
-        for label, dataset in (("train", pairs.train), ("held_out", pairs.held_out))
-        if dataset is not None
+        | {"sources": [source.as_dict() for source in dataset.sources]}
+        for label, dataset in sets.items()
     }

@@ -94,9 +94,9 @@ def score(config: ScoreConfig) -> ScoreSummary:
         raise ConfigError("score runs on one process; start it without torchrun")
     display = ProgressDisplay(config.progress)
     tokenizer = prepare_tokenizer(config)
-    dataset = load_dataset_pairs(
-        config, tokenizer, display, config.dataset_name, config.dataset_split
-    )
+    assert config.dataset_name is not None  # the config refuses an unset dataset
+    sources = [(config.dataset_name, None)]
+    dataset = load_dataset_pairs(config, tokenizer, display, sources, config.dataset_split)
     for model_config in models:
         check_fits_model(model_config, dataset)
     scores = [score_model(m, dataset.examples, runtime, display, config) for m in models]

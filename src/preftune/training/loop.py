@@ -39,8 +39,8 @@ class TrainingLoop:
     num_steps: int
     metrics_file: MetricsFile
     display: ProgressDisplay
-    evaluate: Callable[[], dict[str, float]] | None
-    """Held-out metrics under their full names (`eval/loss`); None without evaluation data."""
+    evaluate: Callable[[], dict[str, dict[str, float]]] | None
+    """Metrics by label of the held-out set, empty for a single one; None without any."""
     save: Callable[[], None]
     """Write a checkpoint of the state as it is."""
     _window_began: float = field(default_factory=time.perf_counter)
@@ -130,13 +130,17 @@ class TrainingLoop:
     def _evaluated_metrics(self) -> dict[str, float]:
         assert self.evaluate is not None  # the caller asked whether evaluation is due
         began = time.perf_counter()
-        metrics = self.evaluate()
+        evaluated = self.evaluate()
         # Evaluation is not training time.
         self._window_began += time.perf_counter() - began
-        shown = {label: metrics[f"eval/{key}"] for key, label in SHOWN.items()}
-        text = "  ".join(f"{label} {value:.4g}" for label, value in shown.items())
-        self.display.say(f"evaluation after step {self.state.step}: {text}")
-        return metrics
+        record = {}
+        for label, metrics in evaluated.items():
+            text = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items())
+            of = f" of {label}" if label else ""
+            self.display.say(f"evaluation{of} after step {self.state.step}: {text}")
+            prefix = f"eval/{label}/" if label else "eval/"
+            record |= {prefix + key: value for key, value in metrics.items()}
+        return record
 
     def _start_window(self) -> None:
         self._window_began = time.perf_counter()

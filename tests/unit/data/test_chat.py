@@ -47,7 +47,7 @@ def test_builtin_templates(name: str, text: str) -> None:
 
 
 def test_names() -> None:
-    assert builtin_templates() == ["chatml", "tulu", "zephyr"]
+    assert builtin_templates() == ["alpaca", "chatml", "llama3", "plain", "tulu", "zephyr"]
 
 
 @pytest.mark.parametrize("name", ["tulu", "zephyr"])
@@ -70,8 +70,8 @@ def test_unknown_name_lists_the_names_and_suggests_one() -> None:
     with pytest.raises(ConfigError) as caught:
         set_chat_template(tiny_tokenizer(None), "chatlm")
     assert "did you mean 'chatml'?" in str(caught.value)
-    assert "chatml, tulu, zephyr" in str(caught.value)
-    with pytest.raises(ConfigError, match="neither a built-in template nor a file"):
+    assert "alpaca, chatml, llama3, plain, tulu, zephyr" in str(caught.value)
+    with pytest.raises(ConfigError, match="neither a built-in template nor a file or folder"):
         set_chat_template(tiny_tokenizer(None), "no/such.jinja")
 
 
@@ -88,7 +88,7 @@ def test_template_that_does_not_work_leaves_the_old_one(tmp_path: Path, text: st
 
 
 def test_no_chat_template_says_which_option_sets_one() -> None:
-    with pytest.raises(DataError, match=r"--chat_template NAME \(chatml, tulu, zephyr"):
+    with pytest.raises(DataError, match=r"--chat_template NAME \(alpaca, chatml, "):
         answer_frame(tiny_tokenizer(None))
 
 

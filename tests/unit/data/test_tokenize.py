@@ -51,6 +51,21 @@ def text_row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _merging_newlines(tokenizer: Any) -> Any:
+    """The tokenizer's BPE with merges for runs of newlines, as real vocabularies have them."""
+    import json
+
+    from tokenizers import models
+
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab = dict(model["vocab"])
+    merges = [tuple(merge) for merge in model["merges"]]
+    for a, b in (("Ċ", "Ċ"), ("Ċ", "ĊĊ"), ("ĊĊ", "Ċ"), ("Ċ", "Ġ"), ("Ċ", "Ġ" * 2)):
+        vocab[a + b] = vocab.get(a + b, max(vocab.values()) + 1)
+        merges.append((a, b))
+    return models.BPE(vocab=vocab, merges=merges)
+
+
 class TestChat:
     def test_the_trailer_is_cut_and_the_header_stays_in_the_prompt(self) -> None:
         tokenizer = tiny_tokenizer()
@@ -183,18 +198,46 @@ class TestChat:
         assert texts(tokenizer, row)[1:] == [f"A{IM_END}", f"B{IM_END}"]
         assert tokenizer.decode(row.prompt_ids).endswith(f"A or B? A{IM_END}\n{HEADER}")
 
-    @pytest.mark.parametrize("blank", [" ", "\n", "\t", "  ", "\n\n"])
-    def test_blank_answers_are_kept_or_counted_never_lost(self, blank: str) -> None:
-        tokenizer = tiny_tokenizer()
-        result = run(tokenizer, chat_row("q", "word", blank))
-        if isinstance(result, TokenizedExample):
-            assert tokenizer.decode(result.completions[1].ids) == blank + IM_END
-        else:  # the blanks are one token with the newline that ends the header
-            assert result.reason is DropReason.NOT_A_PREFIX
+    @pytest.mark.parametrize("blank", ["", " ", "\n", "\t", "  ", "\n\n", "\u3000"])
+    def test_blank_answers_are_empty(self, blank: str) -> None:
+        assert reason(tiny_tokenizer(), chat_row("q", "word", blank)) is (
+            DropReason.EMPTY_COMPLETION
+        )
+        many = {
+            "prompt": [user("q")],
+            "chosen": [assistant(blank), user("and?"), assistant("a bird")],
+            "rejected": [assistant("no")],
+        }
+        assert reason(tiny_tokenizer(), many) is DropReason.EMPTY_COMPLETION
 
-    def test_a_blank_answer_is_kept(self) -> None:
-        row = kept(tiny_tokenizer(), chat_row("q", "word", " "))
-        assert len(row.completions[1].ids) == 2
+    @pytest.mark.parametrize("answer", ["\n\nThe cat", "\nThe cat", "  The cat", "\n\u00a0cat"])
+    def test_answers_whose_first_blanks_merge_with_the_header_are_tokenised_apart(
+        self, answer: str
+    ) -> None:
+        tokenizer = tiny_tokenizer(bos=True)
+        tokenizer.backend_tokenizer.model = _merging_newlines(tokenizer)
+        row = kept(tokenizer, chat_row("q", answer, "no"))
+        assert texts(tokenizer, row)[1:] == [f"{answer}{IM_END}", f"no{IM_END}"]
+        alone = f"{END_OF_TEXT}<|im_start|>user\nq{IM_END}\n{HEADER}"
+        assert list(row.prompt_ids) == tokenizer(alone, add_special_tokens=False)["input_ids"]
+
+    def test_many_turns_that_begin_with_newlines_are_tokenised_apart(self) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.model = _merging_newlines(tokenizer)
+        row = kept(
+            tokenizer,
+            {
+                "prompt": [user("q")],
+                "chosen": [assistant("\n\ncat"), user("b"), assistant("\na bird")],
+                "rejected": [assistant("no"), user("\nb"), assistant("\ndog")],
+            },
+        )
+        for many, words in zip(
+            row.completions, (("\n\ncat", "\na bird"), ("no", "\ndog")), strict=True
+        ):
+            assert many.scored is not None
+            scored = [i for i, s in zip(many.ids, many.scored, strict=True) if s]
+            assert tokenizer.decode(scored) == "".join(f"{word}{IM_END}" for word in words)
 
     def test_a_template_that_trims_leaves_a_blank_answer_empty(self) -> None:
         template = CHATML.replace("message['content']", "message['content'] | trim")
@@ -343,6 +386,8 @@ class TestText:
         [
             (text_row("", " a", " b"), DropReason.EMPTY_PROMPT),
             (text_row("q", "", " b"), DropReason.EMPTY_COMPLETION),
+            (text_row("q:", " ", " b"), DropReason.EMPTY_COMPLETION),
+            (text_row("q:", " a", f"\n{IM_END}"), DropReason.EMPTY_COMPLETION),
             (text_row("q", " a", IM_END), DropReason.EMPTY_COMPLETION),
             (text_row("q", " a", " a"), DropReason.EQUAL_COMPLETIONS),
             (text_row("q", " a", f" a{IM_END}"), DropReason.EQUAL_COMPLETIONS),
@@ -356,11 +401,6 @@ class TestText:
     def test_an_empty_prompt_after_a_bos_has_a_token_that_predicts_the_answer(self) -> None:
         row = kept(tiny_tokenizer(bos=True), text_row("", " a", " b"))
         assert len(row.prompt_ids) == 1
-
-    def test_a_blank_answer_is_kept(self) -> None:
-        tokenizer = tiny_tokenizer()
-        row = kept(tokenizer, text_row("q:", " ", " b"))
-        assert tokenizer.decode(row.completions[0].ids) == f" {IM_END}"
 
     def test_hh(self) -> None:
         tokenizer = tiny_tokenizer()
@@ -420,15 +460,19 @@ def test_chat_rows_keep_every_promise(prompt: str, chosen: str, rejected: str, b
     tokenizer = TOKENIZERS[bos, True]
     result = run(tokenizer, chat_row(prompt, chosen, rejected))
     if isinstance(result, Dropped):
-        assert result.reason in (DropReason.EQUAL_COMPLETIONS, DropReason.NOT_A_PREFIX)
-        assert (chosen == rejected) == (result.reason is DropReason.EQUAL_COMPLETIONS)
+        blank = not (chosen.strip() and rejected.strip())
+        expected = DropReason.EMPTY_COMPLETION if blank else DropReason.EQUAL_COMPLETIONS
+        assert result.reason in (expected, DropReason.EQUAL_COMPLETIONS)
+        assert blank or chosen == rejected
         return
     stop = tokenizer.convert_tokens_to_ids(IM_END)
     for content, completion in zip((chosen, rejected), result.completions, strict=True):
         messages = [user(prompt), assistant(content)]
         joint = tokenizer.apply_chat_template(messages, tokenize=False)
-        ids = tokenizer(joint.removesuffix("\n"), add_special_tokens=bos)["input_ids"]
-        assert list(result.prompt_ids + completion.ids) == ids
+        joint_ids = tokenizer(joint.removesuffix("\n"), add_special_tokens=bos)["input_ids"]
+        ids = list(result.prompt_ids + completion.ids)
+        assert ids == joint_ids or joint_ids[: len(result.prompt_ids)] != list(result.prompt_ids)
+        assert tokenizer.decode(ids) == tokenizer.decode(joint_ids)
         assert completion.ids[-1] == stop
         assert stop not in completion.ids[:-1]
         assert tokenizer.decode(completion.ids[:-1]) == content
@@ -441,7 +485,9 @@ def test_text_rows_keep_every_promise(prompt: str, chosen: str, rejected: str, b
     tokenizer = TOKENIZERS[bos, False]
     result = run(tokenizer, text_row(prompt, chosen, rejected))
     if isinstance(result, Dropped):
-        assert result.reason in (DropReason.EQUAL_COMPLETIONS, DropReason.NOT_A_PREFIX)
+        blank = not (chosen.strip() and rejected.strip())
+        reasons = (DropReason.EQUAL_COMPLETIONS, DropReason.NOT_A_PREFIX)
+        assert result.reason in reasons or (blank and result.reason is DropReason.EMPTY_COMPLETION)
         return
     for content, completion in zip((chosen, rejected), result.completions, strict=True):
         ids = tokenizer(prompt + content, add_special_tokens=bos)["input_ids"]
