@@ -109,7 +109,7 @@ def load_pairs(
         total = None if total is None else min(total, max_rows)
     tally = _Tally()
     encode = PairTokenizer(tokenizer)
-    rows = islice(source.rows, max_rows)
+    rows = islice(source.rows(), max_rows)
     while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
         tally.unread_columns.update(key for _, raw in chunk for key in NOT_READ_YET & raw.keys())
         for result in _tokenize_rows(chunk, name, mapping, encode, tally):

@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 
 
 def read(name: str | Path, split: str = "train") -> list[tuple[str, dict[str, Any]]]:
-    return list(open_source(str(name), split).rows)
+    return list(open_source(str(name), split).rows())
 
 
 def refuse(name: str | Path, split: str = "train") -> str:
