@@ -18,6 +18,7 @@ class DropReason(StrEnum):
     UNEXPECTED_ENDING = "unexpected_ending"
     OVER_LENGTH = "over_length"
     PROMPT_OVER_LENGTH = "prompt_over_length"
+    DROPPED_BY_TRANSFORM = "dropped_by_transform"
 
 
 LENGTH_REASONS = frozenset({DropReason.OVER_LENGTH, DropReason.PROMPT_OVER_LENGTH})
@@ -40,6 +41,7 @@ MEANING: dict[DropReason, str] = {
     DropReason.UNEXPECTED_ENDING: "the chat template ended the answer unlike its other answers",
     DropReason.OVER_LENGTH: "prompt and answer together exceed max_length",
     DropReason.PROMPT_OVER_LENGTH: "the prompt exceeds max_prompt_length",
+    DropReason.DROPPED_BY_TRANSFORM: "a transform raised DropRow",
 }
 
 

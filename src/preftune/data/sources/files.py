@@ -75,7 +75,7 @@ def _fingerprint(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         size = 0
-        digest.update(f"{path.suffix.lower()}\n".encode())
+        digest.update(f"{suffix_of(path)}\n".encode())
         try:
             with path.open("rb", buffering=0) as file:
                 while block := file.read(_BLOCK):
