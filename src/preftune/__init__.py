@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preftune.config.experiment import ExperimentConfig
+    from preftune.data.transforms import DropRow
     from preftune.recipes.dpo import train
     from preftune.recipes.score import score
 
 __version__ = "0.1.0"
-__all__ = ["ExperimentConfig", "__version__", "score", "train"]
+__all__ = ["DropRow", "ExperimentConfig", "__version__", "score", "train"]
 
 _HOMES = {
+    "DropRow": "preftune.data.transforms",
     "ExperimentConfig": "preftune.config.experiment",
     "train": "preftune.recipes.dpo",
     "score": "preftune.recipes.score",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from preftune.data.reasons import LENGTH_REASONS, MEANING, Dropped
+from preftune.data.reasons import ASKED_FOR, MEANING, Dropped
 from preftune.data.sources import open_source
 from preftune.data.table import (
     TokenizedRow,
@@ -289,7 +289,7 @@ class _Tally:
         """
         if not self.num_read:
             raise DataError(f"{where}: holds no rows; choose another split or file")
-        faulty = sum(n for reason, n in self.numbers.items() if reason not in LENGTH_REASONS)
+        faulty = sum(n for reason, n in self.numbers.items() if reason not in ASKED_FOR)
         if faulty / self.num_read > max_dropped_fraction:
             raise DataError(
                 f"{where}: {faulty} of {self.num_read} rows ({faulty / self.num_read:.1%}) cannot "

@@ -18,13 +18,19 @@ class DropReason(StrEnum):
     UNEXPECTED_ENDING = "unexpected_ending"
     OVER_LENGTH = "over_length"
     PROMPT_OVER_LENGTH = "prompt_over_length"
-    PROMPT_HELD_OUT = "prompt_held_out"
     DROPPED_BY_TRANSFORM = "dropped_by_transform"
+    PROMPT_HELD_OUT = "prompt_held_out"
 
 
-LENGTH_REASONS = frozenset({DropReason.OVER_LENGTH, DropReason.PROMPT_OVER_LENGTH})
-"""What `max_length` and `max_prompt_length` ask for: no fault of the data, so no part of
-`max_dropped_fraction`."""
+ASKED_FOR = frozenset(
+    {
+        DropReason.OVER_LENGTH,
+        DropReason.PROMPT_OVER_LENGTH,
+        DropReason.DROPPED_BY_TRANSFORM,
+        DropReason.PROMPT_HELD_OUT,
+    }
+)
+"""What the configuration asks for: no fault of the data, so no part of `max_dropped_fraction`."""
 
 MEANING: dict[DropReason, str] = {
     DropReason.EMPTY_PROMPT: "the prompt has no tokens, so nothing predicts the first answer token",

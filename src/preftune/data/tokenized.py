@@ -72,8 +72,6 @@ class Recipe:
         """Name of the folder that holds the tokens of `source`."""
         parts = {
             "source": source.fingerprint,
-            # Row ids hold the file's name, which the content does not.
-            "name": Path(source.name).name,
             "max_rows": max_rows,
             "columns": dict(self.column_map),
             "transforms": self.transforms.fingerprint,

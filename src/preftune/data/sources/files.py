@@ -75,7 +75,7 @@ def _fingerprint(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:
         size = 0
-        digest.update(f"{path.suffix.lower()}\n".encode())
+        digest.update(f"{path.name}\n".encode())  # row ids begin with it
         try:
             with path.open("rb", buffering=0) as file:
                 while block := file.read(_BLOCK):

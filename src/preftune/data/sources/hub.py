@@ -52,14 +52,13 @@ def hub_source(name: str, split: str) -> Source:
     folder = _fetch(wanted)
     data = _open_split(wanted, folder, split)
     total = len(data)
-    if not total:
-        raise wanted.error(f"split {split!r} holds no rows", "choose another split")
-    identity = json.dumps([wanted.repo, wanted.subset, split, folder.name])
+    # The number of rows tells a snapshot that was only fetched in part from the whole one.
+    identity = json.dumps([wanted.repo, wanted.subset, split, folder.name, total])
     return Source(
         name=name,
         split=split,
         revision=folder.name,
-        fingerprint=xxhash.xxh3_128_hexdigest(identity),
+        fingerprint=xxhash.xxh3_128_hexdigest(identity.encode()),
         total=total,
         reader=partial(_rows, wanted.repo, data),
     )
@@ -115,11 +114,14 @@ def _fetch(wanted: _HubName) -> Path:
             "give a path that exists, or org/name[:subset][@revision]",
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error
+        offline = isinstance(cause, errors.OfflineModeIsEnabled)
+        reason = "HF_HUB_OFFLINE is set" if offline else _first_line(cause)
         revision = "" if wanted.revision is None else f" at revision {wanted.revision!r}"
         raise wanted.error(
             f"no local file or folder has that name, the Hugging Face Hub is out of reach "
-            f"({_first_line(error.__cause__ or error)}), and the local cache does not hold "
-            f"{wanted.repo!r}{revision} complete",
+            f"({reason}), and its cache on this machine does not hold {wanted.repo!r}{revision} "
+            f"complete",
             "give a path that exists, or run once with a network and without HF_HUB_OFFLINE",
         ) from error
     # Disks, proxies, servers: the user's next step is ours to say.
@@ -140,7 +142,7 @@ def _open_split(wanted: _HubName, folder: Path, split: str) -> Any:
     try:
         _check_subset(wanted, str(folder))
         builder = datasets.load_dataset_builder(str(folder), name=wanted.subset)
-        _check_split(wanted, split, list(builder.config.data_files or ()))
+        _check_split(wanted, split, [str(name) for name in builder.config.data_files or ()])
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
     except DataError:

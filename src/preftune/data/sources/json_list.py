@@ -73,8 +73,8 @@ class _Window:
         self.chars, self.lines, self.columns = 0, 0, 0
         self.decode = json.JSONDecoder().raw_decode
 
-    def more(self) -> bool:
-        """Forget what was decoded and read on; False at the end.
+    def more(self) -> None:
+        """Forget what was decoded and read on.
 
         An element longer than the window doubles it each time, so that decoding it again and again
         stays linear in its length.
@@ -87,7 +87,6 @@ class _Window:
         block = self.file.read(max(self.size, len(self.text)))
         self.text += block
         self.ended = not block
-        return not self.ended
 
     def peek(self) -> str:
         """Skip blanks; the character there, or nothing at the end."""
@@ -97,8 +96,9 @@ class _Window:
             self.position = blank.end()
             if self.position < len(self.text):
                 return self.text[self.position]
-            if self.ended or not self.more():
+            if self.ended:
                 return ""
+            self.more()
 
     def value(self) -> Any:
         """Decode the value that begins here."""
@@ -107,16 +107,17 @@ class _Window:
                 value, end = self.decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 cut = error.pos >= len(self.text) - _NEAR or error.msg.startswith("Unterminated")
-                if self.ended or not cut or not self.more():
+                if self.ended or not cut:
                     raise self.error(error.msg, error.pos) from None
-                continue
             except (ValueError, RecursionError) as error:
                 # A number of thousands of digits; lists in lists in lists.
                 raise JsonListError(str(error), self._line(self.position)) from None
-            # A number at the end of the window may go on.
-            if end < len(self.text) or self.ended or not self.more():
-                self.position = end
-                return value
+            else:
+                # A number near the end of the window may go on: of 1.5, `1.` reads as 1 and a dot.
+                if end <= len(self.text) - _NEAR or self.ended:
+                    self.position = end
+                    return value
+            self.more()
 
     def after_value(self) -> str:
         """Pass the comma or bracket after an element."""

@@ -18,8 +18,8 @@ class Source:
     revision: str | None
     """The commit of a Hub dataset, else None."""
     fingerprint: str
-    """xxh3_128, in hex, of the content: of each file its suffix and bytes, in order, wherever it
-    lies; of a Hub dataset id, subset, split and commit."""
+    """xxh3_128, in hex, of the content: of each file its name and bytes, in order, in whatever
+    folder; of a Hub dataset id, subset, split, commit and number of rows."""
     total: int | None
     """How many rows, where that is known without parsing them."""
     reader: Callable[[], Iterator[RawRow]] = field(repr=False, compare=False)

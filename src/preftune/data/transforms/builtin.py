@@ -6,7 +6,7 @@ it was given. Columns have preftune's names.
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from preftune.data.formats.transcripts import ASSISTANT, HUMAN
 from preftune.schema import Message
@@ -39,7 +39,8 @@ def transcripts_to_messages(row: RawColumns) -> RawColumns:
     Either the answers hold the whole conversation and there is no prompt, or the prompt is the
     conversation up to a last `\n\nAssistant:`. Blanks around each turn are removed.
     """
-    prompt, answers = row.get("prompt"), {name: row.get(name) for name in _ANSWERS}
+    prompt = row.get("prompt")
+    answers: dict[str, Any] = {name: row.get(name) for name in _ANSWERS}
     if not all(isinstance(answer, str) for answer in answers.values()):
         return row
     if prompt is None:
@@ -93,7 +94,7 @@ BUILTIN_TRANSFORMS: dict[str, Transform] = {
 """Name -> function; the first line of each docstring says what it does."""
 
 
-def _is_transcript(text: Any) -> bool:
+def _is_transcript(text: Any) -> TypeGuard[str]:
     return isinstance(text, str) and text.startswith(HUMAN) and ASSISTANT in text
 
 
