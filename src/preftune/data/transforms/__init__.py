@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -130,7 +130,7 @@ def _find(name: str) -> Transform:
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ConfigError(f"{where} is not written module:function, such as my_rows:clean")
     module = _import(where, module_name)
-    function: Any = getattr(module, attribute, None)
+    function = getattr(module, attribute, None)
     if function is None:
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(attribute, names, n=1)
@@ -144,7 +144,7 @@ def _find(name: str) -> Transform:
             f"{where} is of type {type(function).__name__}, which cannot be called; name a "
             f"function that takes a row and returns it"
         )
-    return function
+    return cast(Transform, function)
 
 
 def _import(where: str, module: str) -> ModuleType:
