@@ -130,7 +130,7 @@ def _find(name: str) -> Transform:
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ConfigError(f"{where} is not written module:function, such as my_rows:clean")
     module = _import(where, module_name)
-    function: Any = getattr(module, attribute, None)
+    function = getattr(module, attribute, None)
     if function is None:
         names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(attribute, names, n=1)
