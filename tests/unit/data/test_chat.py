@@ -1,5 +1,6 @@
 """Built-in chat templates, and what a template is found to write around answers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from preftune.data.chat import (
     builtin_templates,
     render,
     set_chat_template,
+    shows_tool_calls,
     shows_tools,
 )
 from preftune.errors import ConfigError, DataError
@@ -32,17 +34,29 @@ CHAT = [
         ),
         ("tulu", "<|system|>\nS\n<|user|>\nQ\n<|assistant|>\nA<|im_end|>\n"),
         ("zephyr", "<|system|>\nS<|im_end|>\n<|user|>\nQ<|im_end|>\n<|assistant|>\nA<|im_end|>\n"),
+        ("plain", "System:\nS\n\nUser:\nQ\n\nAssistant:\nA<|im_end|>\n\n"),
+        ("alpaca", "S\n\n### Instruction:\nQ\n\n### Response:\nA<|im_end|>\n\n"),
+        (
+            "llama3",
+            "<|start_header_id|>system<|end_header_id|>\n\nS<|im_end|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nQ<|im_end|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA<|im_end|>",
+        ),
     ],
 )
 def test_builtin_templates(name: str, text: str) -> None:
     tokenizer = tiny_tokenizer(None)
+    stop, trailer = IM_END, text.rpartition(IM_END)[2]
+    if name == "llama3":
+        tokenizer.add_special_tokens({"eos_token": "<|eot_id|>"})
+        stop, text = "<|eot_id|>", text.replace(IM_END, "<|eot_id|>")
     set_chat_template(tokenizer, name)
     assert render(tokenizer, CHAT) == text
     prompt = render(tokenizer, CHAT[:2], open_answer=True)
     assert text.startswith(prompt)
-    assert text[len(prompt) :] == "A<|im_end|>\n"
+    assert text[len(prompt) :] == f"A{stop}{trailer}"
     frame = answer_frame(tokenizer)
-    assert (frame.lead, frame.stop, frame.trailer) == ("", IM_END, "\n")
+    assert (frame.lead, frame.blank, frame.stop, frame.trailer) == ("", "", stop, trailer)
     assert frame.stop_id == tokenizer.eos_token_id
 
 
@@ -50,11 +64,51 @@ def test_names() -> None:
     assert builtin_templates() == ["alpaca", "chatml", "llama3", "plain", "tulu", "zephyr"]
 
 
-@pytest.mark.parametrize("name", ["tulu", "zephyr"])
+def test_alpaca_opens_with_its_own_words_where_there_is_no_system_message() -> None:
+    tokenizer = tiny_tokenizer(None)
+    set_chat_template(tokenizer, "alpaca")
+    assert render(tokenizer, CHAT[1:2], open_answer=True) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nQ\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize("name", builtin_templates())
+def test_builtin_templates_write_the_bos_of_tokenizers_that_add_one(name: str) -> None:
+    tokenizer = tiny_tokenizer(None, bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    set_chat_template(tokenizer, name)
+    text = render(tokenizer, CHAT)
+    assert text.count(END_OF_TEXT) == 1
+    # As transformers and servers tokenise a chat, and as plain text is tokenised.
+    ids = tokenizer.apply_chat_template(CHAT, return_dict=False)
+    assert ids == tokenizer(text.removeprefix(END_OF_TEXT))["input_ids"]
+
+
+@pytest.mark.parametrize(("name", "marker"), [("llama3", "<|eot_id|>"), ("chatml", IM_END)])
+def test_a_template_whose_stop_is_no_token_of_the_tokenizer_is_refused(
+    name: str, marker: str
+) -> None:
+    tokenizer = tiny_tokenizer(None, eos_token=END_OF_TEXT)
+    text = tokenizer.backend_tokenizer.to_str().replace("im_end", "im_nd")
+    tokenizer = type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(text), eos_token=END_OF_TEXT
+    )
+    with pytest.raises(ConfigError) as caught:
+        set_chat_template(tokenizer, name)
+    for word in (repr(name), marker, "alpaca, plain, tulu or zephyr", "eos_token"):
+        assert word in str(caught.value)
+    assert tokenizer.chat_template is None
+    for other in ("alpaca", "plain", "tulu", "zephyr"):
+        set_chat_template(tokenizer, other)
+
+
+@pytest.mark.parametrize("name", [n for n in builtin_templates() if n != "chatml"])
 def test_builtin_templates_refuse_roles_they_do_not_write(name: str) -> None:
     tokenizer = tiny_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     set_chat_template(tokenizer, name)
-    with pytest.raises(TemplateRefused, match="no role tool"):
+    with pytest.raises(TemplateRefused, match=f"the {name} template has no role tool"):
         render(tokenizer, [*CHAT, {"role": "tool", "content": "x"}])
 
 
@@ -64,6 +118,68 @@ def test_template_from_a_file(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(None)
     set_chat_template(tokenizer, str(path))
     assert tokenizer.chat_template == CHATML
+
+
+def snapshot(cache: Path, **files: str) -> None:
+    """Lay files out as the Hub's cache keeps a repository."""
+    folder = cache / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    for name, text in files.items():
+        file = name.replace("__", ".")
+        (folder / "snapshots" / ("0" * 40) / file).write_text(text, "utf-8")
+
+
+NAMED = [{"name": "tool_use", "template": "never"}, {"name": "default", "template": CHATML}]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template__jinja": CHATML, "tokenizer_config__json": "{}"},
+        {"tokenizer_config__json": json.dumps({"chat_template": CHATML})},
+        {"tokenizer_config__json": json.dumps({"chat_template": NAMED})},
+    ],
+)
+def test_template_of_another_tokenizer_by_folder_and_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot(tmp_path, **files)
+    by_id, by_folder = tiny_tokenizer(None), tiny_tokenizer(None)
+    set_chat_template(by_id, "org/name")
+    folder = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    set_chat_template(by_folder, str(folder))
+    assert by_id.chat_template == by_folder.chat_template == CHATML
+
+
+def test_hub_id_that_cannot_be_read_or_has_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="'org/name' is no local file or folder, and reading"):
+        set_chat_template(tiny_tokenizer(None), "org/name")
+    snapshot(tmp_path, tokenizer_config__json='{"eos_token": "</s>"}')
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json of 'org/name' holds no chat"):
+        set_chat_template(tiny_tokenizer(None), "org/name")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "has neither chat_template.jinja nor tokenizer_config.json"),
+        ("{", "holds no chat template"),
+        ('{"chat_template": [{"name": "rag", "template": "x"}]}', "holds no chat template"),
+    ],
+)
+def test_folder_without_a_template(tmp_path: Path, config: str | None, said: str) -> None:
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ConfigError) as caught:
+        set_chat_template(tiny_tokenizer(None), str(tmp_path))
+    assert said in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_unknown_name_lists_the_names_and_suggests_one() -> None:
@@ -125,6 +241,7 @@ def test_frames(template: str, lead: str, stop: str, trailer: str) -> None:
     tokenizer = tiny_tokenizer(template, eos_token=END_OF_TEXT)
     frame = answer_frame(tokenizer)
     assert (frame.lead, frame.stop, frame.trailer) == (lead, stop, trailer)
+    assert frame.blank == (" " if "' ' + m" in template else "")
     # The template's own stop token, and the tokenizer's only where the template writes none.
     assert tokenizer.convert_ids_to_tokens(frame.stop_id) == (IM_END if stop else END_OF_TEXT)
 
@@ -146,6 +263,15 @@ def test_no_stop_token_and_no_eos() -> None:
 def test_tools_are_seen_or_not() -> None:
     assert not shows_tools(tiny_tokenizer())
     assert shows_tools(tiny_tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML))
+
+
+def test_calls_of_tools_are_seen_or_not() -> None:
+    call = "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
+    assert not shows_tool_calls(tiny_tokenizer())
+    assert shows_tool_calls(tiny_tokenizer(CHATML.replace("{% endfor %}", call + "{% endfor %}")))
+    # Refused by the template itself, so that nothing is lost in silence.
+    refuses = "{% if messages[-1]['tool_calls'] %}{{ raise_exception('none') }}{% endif %}"
+    assert shows_tool_calls(tiny_tokenizer(refuses + CHATML))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Examples -> token ids: the prompt begins every sequence, one BOS, one stop token, no header."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -335,6 +336,16 @@ class TestChat:
         with pytest.raises(DataError, match="f:1 has tools, and the chat template does not"):
             run(tiny_tokenizer(), raw)
 
+    def test_calls_of_tools_are_not_lost_in_silence(self) -> None:
+        raw = chat_row("q", "a", "b")
+        raw["chosen"][0]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
+        with pytest.raises(DataError, match="f:1 has calls of tools, and the chat template does"):
+            run(tiny_tokenizer(), raw)
+        raw = chat_row("q", "a", "b")
+        raw["prompt"] += [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+        with pytest.raises(DataError, match="f:1 has calls of tools"):
+            run(tiny_tokenizer(), raw)
+
     def test_bos_once_whether_or_not_the_template_writes_it(self) -> None:
         plain = tiny_tokenizer(bos=True)
         writes = tiny_tokenizer("{{ bos_token }}" + CHATML, bos=True)
@@ -441,6 +452,19 @@ def test_batches_give_what_single_rows_give_in_order() -> None:
     batch = PairTokenizer(tokenizer)([e for e in examples if isinstance(e, Example)])
     assert batch == [run(tokenizer, raw) for raw in raws]
     assert PairTokenizer(tokenizer)([]) == []
+
+
+def test_a_pair_tokenizer_travels_to_other_processes() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    examples = [
+        parse_row("f:1", raw, dataset="set", column_map={})
+        for raw in (chat_row("q", "\n\na", "b"), text_row("q", " a", " b"))
+    ]
+    rows = [example for example in examples if isinstance(example, Example)]
+    before = PairTokenizer(tokenizer)
+    expected = before(rows)
+    assert pickle.loads(pickle.dumps(before))(rows) == expected
+    assert PairTokenizer(pickle.loads(pickle.dumps(tokenizer)))(rows) == expected
 
 
 # Text as people write it, with what breaks careless code: blanks at the edges, newlines, emoji.
