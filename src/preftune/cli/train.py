@@ -1,6 +1,7 @@
 """`preftune train`."""
 
 from collections.abc import Sequence
+from typing import assert_never
 
 from preftune.cli.options import options_or_help
 from preftune.config.experiment import ExperimentConfig
@@ -21,6 +22,13 @@ def run(argv: Sequence[str]) -> int:
     config = options_or_help(ExperimentConfig, argv, USAGE, WHAT)
     if config is not None:
         from preftune.recipes.dpo import train
+        from preftune.recipes.pairs import prepare_data
 
-        train(config)
+        match config.stage:
+            case "dpo" if config.cache_dataset_only:
+                print(prepare_data(config))
+            case "dpo":
+                train(config)
+            case _:
+                assert_never(config.stage)
     return 0

@@ -36,7 +36,9 @@ class PolicyModel(nn.Module):
     see every parameter that the step uses.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compact_head: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compact_head: bool = True, use_cache: bool = False
+    ) -> None:
         """Wrap a causal LM.
 
         Args:
@@ -44,10 +46,12 @@ class PolicyModel(nn.Module):
             compact_head: apply the head at scored positions only. False runs the whole model on
                 every position: for architectures whose head does more than `HeadTransform` knows
                 (`model.probe` decides).
+            use_cache: let the model keep keys and values, which nothing here reads.
         """
         super().__init__()
         self.model = model
         self.compact_head = compact_head
+        self.use_cache = use_cache
         self.transform = (
             HeadTransform.from_config(model.config) if compact_head else HeadTransform()
         )
@@ -93,11 +97,11 @@ class PolicyModel(nn.Module):
         if self.compact_head:
             # No attention mask and no position ids: right padding needs neither under causal
             # attention, and transformers would read restarting positions as packed documents.
-            hidden = self.model.base_model(input_ids=block.input_ids, use_cache=False)[0]
+            hidden = self.model.base_model(block.input_ids, use_cache=self.use_cache)[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
         else:
-            hidden = self.model(input_ids=block.input_ids, use_cache=False).logits
+            hidden = self.model(block.input_ids, use_cache=self.use_cache).logits
             head = nn.Identity()
         return hidden.flatten(0, 1)[block.score_positions], head
 

@@ -92,6 +92,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     path, options = _location(name)
     if config.tokenizer_name_or_path is None and "gguf_file" not in options:
         options["revision"] = config.model_revision
+    elif config.tokenizer_revision is not None:
+        options["revision"] = config.tokenizer_revision
     try:
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code, **options
@@ -114,6 +116,24 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, **options)
     except LOADING_ERRORS as error:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
+
+
+def model_commit(config: ModelConfig) -> str | None:
+    """The commit that `model_revision` stands for now; None for a model of this machine.
+
+    Raises:
+        ModelError: the model cannot be found, or a revision is asked of one without any.
+    """
+    name = str(config.model_name_or_path)
+    check_model_files(name)
+    if Path(name).expanduser().exists():
+        if config.model_revision is not None:
+            raise ModelError(
+                f"model_revision is {config.model_revision!r}, but {name} is on this machine and "
+                "has no revisions; leave it out"
+            )
+        return None
+    return load_model_config(config)._commit_hash
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
@@ -162,7 +182,8 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         # transformers renamed it after 5.17, the oldest version supported here.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return LoadedModel(PolicyModel(model, compact_head=compact), source_dtype, zeroed)
+    policy = PolicyModel(model, compact_head=compact, use_cache=config.use_cache)
+    return LoadedModel(policy, source_dtype, zeroed)
 
 
 def save_model(

@@ -1,7 +1,7 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.losses import make_loss
 from preftune.metrics import MetricSums
-from preftune.model.load import load_model
+from preftune.model.load import load_model, model_commit
 from preftune.objective import PreferenceObjective
 from preftune.recipes.pairs import load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
 from preftune.tracking.progress import ProgressDisplay
+from preftune.tracking.tracker import check_trackers
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.run_folder import RunFolder, check_writable, plan_start
@@ -51,6 +52,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     """
     start = plan_start(config)
     check_writable("cache_dir", cache_root(config.cache_dir))
+    check_trackers(config.report_to)
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
@@ -60,8 +62,12 @@ def train(config: ExperimentConfig) -> TrainResult:
         return TrainResult(start.folder, start.folder.read_manifest())
 
     # ---------------------------------------------------------------- data, before weights load
-    tokenizer = prepare_tokenizer(config)
-    pairs = load_experiment_pairs(config, tokenizer, display)
+    # A branch may move while the run is away: what it stood for at the start stays.
+    commit = start.model_commit or model_commit(config)
+    pinned = replace(config, model_revision=commit)
+    tokenizer = prepare_tokenizer(pinned)
+    with runtime.main_first():  # the others find its tokens in the cache
+        pairs = load_experiment_pairs(pinned, tokenizer, display)
     sampler = PairSampler(
         len(pairs.train.examples),
         config.global_batch_size(runtime.world_size),
@@ -72,11 +78,15 @@ def train(config: ExperimentConfig) -> TrainResult:
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
-    loaded = load_model(config, runtime.device)
+    loaded = load_model(pinned, runtime.device)
     model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
-    run.manifest["model"] = {"weights": fields["weights"], "parameters": loaded.num_parameters}
+    run.manifest["model"] = {
+        "commit": commit,
+        "weights": fields["weights"],
+        "parameters": loaded.num_parameters,
+    }
     batcher, held_out = run.batchers(fields)
     objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
     first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
@@ -87,6 +97,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     bad_step = torch.zeros((), dtype=torch.int64, device=runtime.device)
     state = TrainState(model, optimizer, 0, 0, bad_step, MetricSums())
     metrics_file = run.begin(state)
+    trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
         runtime=runtime,
@@ -96,7 +107,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         sampler=sampler,
         schedule=make_schedule(config, num_steps),
         num_steps=num_steps,
-        metrics_file=metrics_file,
+        trackers=trackers,
         display=display,
         evaluate=run.evaluator(model, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),

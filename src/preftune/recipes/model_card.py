@@ -20,6 +20,7 @@ Fine-tuned from `{model}` on preference pairs with
 [preftune](https://pypi.org/project/preftune/) {version}, loss `{loss}`.
 
 - Data: `{dataset}`, {num_pairs} pairs (dropped: {dropped})
+- Run: `{run}` of experiment `{experiment}`
 - Steps: {steps}, {batch} pairs each; learning rate {learning_rate:g}, {schedule}
 - Loss settings: {knobs}
 - Products in {precision}; weights of this folder in {save_dtype}
@@ -61,7 +62,9 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         name=f"{model[-1]} aligned with {config.loss_type}",
         loss=str(config.loss_type),
         version=manifest["versions"]["preftune"],
-        dataset=str(config.dataset_name).rsplit("/", 1)[-1],
+        dataset=", ".join(name.rsplit("/", 1)[-1] for name, _ in config.sources),
+        run=config.run_name,
+        experiment=config.exp_name,
         num_pairs=train["num_pairs"],
         dropped=json.dumps(train["dropped"]),
         steps=manifest["steps"],

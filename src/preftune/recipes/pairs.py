@@ -16,7 +16,7 @@ from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
 from preftune.data.splits import split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, ModelError
-from preftune.model.load import check_model_files, load_model_config, load_tokenizer
+from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.tracking.progress import ProgressDisplay, counting
 
 
@@ -31,17 +31,25 @@ class Pairs:
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that the config asks for."""
-    assert config.model_name_or_path is not None  # the config refuses an unset model
-    check_model_files(config.model_name_or_path)
-    if config.model_revision is not None and Path(config.model_name_or_path).expanduser().exists():
-        raise ConfigError(
-            f"model_revision is {config.model_revision!r}, but {config.model_name_or_path} is on "
-            "this machine and has no revisions; leave it out"
-        )
+    model_commit(config)  # refuses a model or a revision that is not there
     tokenizer = load_tokenizer(config)
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     return tokenizer
+
+
+def prepare_data(config: ExperimentConfig) -> str:
+    """Fill the cache of tokenised data for later runs; loads no weights.
+
+    Returns:
+        What was made, for people.
+    """
+    display = ProgressDisplay(config.progress)
+    pairs = load_experiment_pairs(config, prepare_tokenizer(config), display)
+    sets = {"training": pairs.train}
+    sets |= {label or "held out": dataset for label, dataset in pairs.held_out.items()}
+    sizes = ", ".join(f"{len(dataset.examples)} {label}" for label, dataset in sets.items())
+    return f"tokenised pairs ({sizes}) are in {cache_root(config.cache_dir) / 'datasets'}"
 
 
 def load_experiment_pairs(

@@ -12,6 +12,7 @@ from preftune.data.pairs import PairDataset
 from preftune.recipes.dpo import count_steps
 from preftune.recipes.pairs import describe_counts, load_experiment_pairs, prepare_tokenizer
 from preftune.tracking.progress import ProgressDisplay
+from preftune.tracking.tracker import check_trackers
 from preftune.training.run_folder import check_writable, plan_start
 
 
@@ -30,6 +31,7 @@ def check(config: ExperimentConfig) -> str:
     start = plan_start(config)
     writable = check_writable("output_dir", start.folder.root)
     check_writable("cache_dir", cache_root(config.cache_dir))
+    check_trackers(config.report_to)
     tokenizer = prepare_tokenizer(config)
     display = ProgressDisplay("none")
     pairs = load_experiment_pairs(config, tokenizer, display)

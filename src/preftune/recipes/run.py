@@ -30,6 +30,7 @@ from preftune.reference.store import ReferenceStore
 from preftune.schema import TokenizedExample
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.tracking.tracker import Tracker, open_tracker
 from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
 from preftune.training.loop import peak_memory_gib
 from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
@@ -62,6 +63,7 @@ class Run:
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None
+        self._trackers: list[Tracker] = []
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -184,6 +186,15 @@ class Run:
         self.runtime.barrier()
         return metrics_file
 
+    def trackers(self, step: int) -> list[Tracker]:
+        """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
+        if not self.runtime.is_main or not self.config.report_to:
+            return []
+        self._trackers = [
+            open_tracker(name, self.start.folder.root, step) for name in self.config.report_to
+        ]
+        return self._trackers
+
     def _take_up_manifest(self) -> None:
         folder = self.start.folder
         if folder.manifest.is_file():
@@ -289,7 +300,9 @@ class Run:
         return self.manifest
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Close the trackers, and let other processes have the folder."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import Interrupted, TrainingDiverged
 from preftune.objective import PairBatcher, PreferenceObjective
-from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, Update
+from preftune.tracking.tracker import Tracker
 from preftune.training.optimizer import Schedule
 from preftune.training.signals import StopRequest, stop_on_signal
 from preftune.training.step import TrainState, train_step
@@ -37,7 +37,7 @@ class TrainingLoop:
     sampler: PairSampler
     schedule: Schedule
     num_steps: int
-    metrics_file: MetricsFile
+    trackers: Sequence[Tracker]
     display: ProgressDisplay
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
     """Metrics by label of the held-out set, empty for a single one; None without any."""
@@ -101,7 +101,8 @@ class TrainingLoop:
         if evaluating:
             record |= self._evaluated_metrics()
         if record and self.runtime.is_main:
-            self.metrics_file.append({"step": step, **record})
+            for tracker in self.trackers:
+                tracker.append({"step": step, **record})
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
         if saving or stopping:
             self.save()

@@ -23,7 +23,11 @@ MAY_CHANGE = frozenset(
         "num_epochs",
         "max_train_steps",
         "logging_steps",
+        "report_to",
         "progress",
+        "num_proc",
+        "dataset_cache_mode",
+        "cache_dataset_only",
         "checkpointing_steps",
         "keep_last_n_checkpoints",
         "resume",
@@ -110,6 +114,13 @@ class RunStart:
     kind: Literal["new", "resume", "finished"]
     checkpoint: Path | None = None
     """What to go on from; None starts at step 0."""
+
+    @property
+    def model_commit(self) -> str | None:
+        """The commit of the model that the run here started from, if it came from a hub."""
+        if self.kind == "new" or not self.folder.manifest.is_file():
+            return None
+        return self.folder.read_manifest().get("model", {}).get("commit")
 
 
 def plan_start(config: ExperimentConfig) -> RunStart:
