@@ -222,6 +222,19 @@ class TestChat:
         alone = f"{END_OF_TEXT}<|im_start|>user\nq{IM_END}\n{HEADER}"
         assert list(row.prompt_ids) == tokenizer(alone, add_special_tokens=False)["input_ids"]
 
+    def test_an_answer_that_reads_otherwise_when_tokenised_apart_is_dropped(self) -> None:
+        from tokenizers import pre_tokenizers
+
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.model = _merging_newlines(tokenizer)
+        # It puts a space in front of whatever it takes for the start of a text.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        assert kept(tokenizer, chat_row("q", "cat", "no"))
+        result = run(tokenizer, chat_row("q", "\n\ncat", "no"))
+        assert isinstance(result, Dropped)
+        assert result.reason is DropReason.NOT_A_PREFIX
+        assert "merge at" in result.detail
+
     def test_many_turns_that_begin_with_newlines_are_tokenised_apart(self) -> None:
         tokenizer = tiny_tokenizer()
         tokenizer.backend_tokenizer.model = _merging_newlines(tokenizer)
@@ -239,6 +252,12 @@ class TestChat:
             assert many.scored is not None
             scored = [i for i, s in zip(many.ids, many.scored, strict=True) if s]
             assert tokenizer.decode(scored) == "".join(f"{word}{IM_END}" for word in words)
+
+    def test_a_template_that_takes_thoughts_out_may_leave_nothing(self) -> None:
+        written = "message['content'].split('</think>')[-1]"
+        tokenizer = tiny_tokenizer(CHATML.replace("message['content']", written))
+        for answer in ("<think>Hm.</think>", "<think>Hm.</think>\n\n"):
+            assert reason(tokenizer, chat_row("q", "word", answer)) is DropReason.EMPTY_COMPLETION
 
     def test_a_template_that_trims_leaves_a_blank_answer_empty(self) -> None:
         template = CHATML.replace("message['content']", "message['content'] | trim")
