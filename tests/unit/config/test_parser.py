@@ -2,6 +2,7 @@
 
 import pytest
 
+from preftune import __version__
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.parser import parse_config, parse_with_places
 from preftune.config.quickstart import QuickstartConfig
@@ -198,6 +199,88 @@ MISTAKES = {
             "expected ',' or '}', but got '<stream end>'"
         ],
     ),
+    "half_a_number": (
+        "learning_rate: 5e-7x\nnum_epochs: .inf\nmax_grad_norm: 1e999\n",
+        "",
+        [
+            "config.yaml line 1: learning_rate is '5e-7x'; it must be a finite number such as "
+            "5e-07",
+            "config.yaml line 2: num_epochs is '.inf'; it must be a finite number or null",
+            "config.yaml line 3: max_grad_norm is '1e999'; it must be a finite number such as 1.0 "
+            "or null",
+        ],
+    ),
+    "eval_steps_1.0": (
+        "eval_steps: 1.0\n",
+        "--test_size 1",
+        [
+            "config.yaml line 1: eval_steps is 1.0; with a decimal point it is a part of the run, "
+            "which must be below 1; a number of steps is a whole number (1 is every step)"
+        ],
+    ),
+    "two_sources": (
+        "dataset_mixer: {a: 1}\n",
+        "",
+        [
+            "command line: --dataset_name is 'd'; dataset_mixer is given too, and they exclude "
+            "each other: keep one"
+        ],
+    ),
+    "a_name_twice_in_a_mapping": (
+        "column_map: {prompt: a, prompt: b}\n",
+        '--eval_dataset {"x":y,"x":z}',
+        [
+            "config.yaml line 1: column_map names 'prompt' twice; keep one",
+            "command line: --eval_dataset is '{\"x\":y,\"x\":z}'; it is a mapping that names 'x' "
+            "twice; keep one",
+        ],
+    ),
+    "stage": ("stage: sft\n", "", ["config.yaml line 1: stage is 'sft'; it must be dpo"]),
+    "tracker": (
+        "report_to: wandb\n",
+        "",
+        ["config.yaml line 1: report_to is 'wandb'; it must be tensorboard or null"],
+    ),
+    "transform": (
+        None,
+        "--dataset_transforms shorten my.rows: a:b:c",
+        [
+            "command line: --dataset_transforms is ['shorten', 'my.rows:', 'a:b:c']; 'my.rows:' "
+            "must be module:function, such as my_package.rows:shorten",
+            "command line: --dataset_transforms is ['shorten', 'my.rows:', 'a:b:c']; 'a:b:c' must "
+            "be module:function, such as my_package.rows:shorten",
+        ],
+    ),
+    "cache_off": (
+        None,
+        "--cache_dataset_only --dataset_cache_mode off",
+        [
+            "command line: --cache_dataset_only is true; dataset_cache_mode is off, so there is no "
+            "cache to fill: leave one out"
+        ],
+    ),
+    "newer_file": (
+        "seed: 1\npreftune_version: 99.1\n",
+        "--seed=-1",
+        [
+            f"config.yaml line 2: preftune_version is '99.1', which is newer than this preftune, "
+            f"{__version__}; upgrade preftune, or remove the line to read it anyway",
+            "command line: --seed is -1; it must be from 0 to 4294967295",
+        ],
+    ),
+    "no_version": (
+        "preftune_version: new\n",
+        "",
+        [
+            "config.yaml line 1: preftune_version is 'new'; it must be a version such as "
+            f"{__version__}, or remove the line"
+        ],
+    ),
+    "version_flag": (
+        None,
+        "--preftune_version 0.1",
+        ["command line: --preftune_version is not an option; see --help for all"],
+    ),
     "several": (
         "learning_rate: abc\nbetta: 1\nmixed_precision: bf61\n",
         "--seed=-1 --los simpo --max_length 0",
@@ -220,6 +303,64 @@ def test_the_text_of_a_mistake(read, name):
         read(*argv.split(), yaml=yaml)
     assert caught.value.problems == expected
     assert all(problem in str(caught.value) for problem in expected)
+
+
+def test_what_cannot_be_read_is_told_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config(ExperimentConfig, ["--model_name_or_path", "--dataset_mixer", "{a"])
+    assert caught.value.problems == [
+        "command line: --model_name_or_path has no value; it must be text or null",
+        "command line: --dataset_mixer is '{a'; it is not valid YAML: "
+        "expected ',' or '}', but got '<stream end>'",
+    ]
+
+
+def test_words_of_lists_and_mappings_mean_what_the_field_says(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model_name_or_path: m\neval_dataset: {no: off, 1.0: 5e-7}\n"
+        "dataset_transforms:\n- no\n- 010\nreport_to: tensorboard\n"
+        "dataset_mixer:\n  a.jsonl: 1\n  no: 1.0\n  'null': 5e-1\n  c: '2'\n",
+        encoding="utf-8",
+    )
+    config = parse_config(ExperimentConfig, [str(path)])
+    assert config.eval_dataset == {"no": "off", "1.0": "5e-7"}
+    assert config.dataset_transforms == ["no", "010"]
+    assert config.report_to == ["tensorboard"]
+    assert repr(config.dataset_mixer) == "{'a.jsonl': 1, 'no': 1.0, 'null': 0.5, 'c': 2}"
+
+
+MIXED = [
+    ["--dataset_mixer", "{a.jsonl: 1, b.jsonl: 1.0}"],
+    ["--dataset_mixer_list", "a.jsonl", "1", "b.jsonl", "1.0"],
+    ["--dataset_mixer_list", "[a.jsonl, 1, b.jsonl, 1.0]"],
+    ["--dataset_mixer_list=[a.jsonl, 1, b.jsonl, 1.0]"],
+]
+
+
+@pytest.mark.parametrize("argv", MIXED, ids=str)
+def test_one_row_and_all_rows_are_told_apart_on_the_command_line(argv, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model_name_or_path: m\n", encoding="utf-8")
+    for words in ([str(file), *argv], [*argv, str(file)], [*argv, "--seed", "1", str(file)]):
+        config = parse_config(ExperimentConfig, words)
+        assert repr(config.sources) == "(('a.jsonl', 1), ('b.jsonl', 1.0))"
+
+
+def test_lists_on_the_command_line(read):
+    config = read("--dataset_transforms", "one", "my.rows:two", "--report_to=tensorboard")
+    assert config.dataset_transforms == ["one", "my.rows:two"]
+    assert config.report_to == ["tensorboard"]
+    for words in (["none"], ["[]"], ["null"]):
+        assert read("--report_to", *words).report_to is None
+    assert read("--dataset_transforms", "one, two").dataset_transforms == ["one, two"]
+    assert read("--eval_dataset", "e.jsonl").eval_sources == {"": "e.jsonl"}
+    assert read("--eval_dataset", "{a: e.jsonl}").eval_sources == {"a": "e.jsonl"}
+
+
+@pytest.mark.parametrize("version", ["0.0.1", "0.1.0.dev1", __version__])
+def test_files_of_this_version_and_older_ones_are_read(read, version):
+    assert read(yaml=f"preftune_version: {version}\nseed: 3\n").seed == 3
 
 
 def test_what_is_required_is_asked_for():

@@ -1,5 +1,6 @@
 """config -> YAML -> config is an identity, and config -> dict -> config too."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preftune import __version__
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.parser import parse_config
 from preftune.config.score import ScoreConfig
+from preftune.errors import ConfigError
 from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
@@ -37,6 +40,23 @@ fraction = st.floats(0, 1, exclude_min=True, exclude_max=True)
 positive = st.floats(0, 1e30, exclude_min=True)
 counts = st.integers(1, 10**9)
 seeds = st.integers(0, 2**32 - 1)
+names = text.filter(lambda name: make_is_fine(run_name=name))
+labels = st.from_regex(r"[\w.-]{1,8}", fullmatch=True)
+amounts = counts | st.floats(1e-9, 1e9)
+mixers = st.dictionaries(text, amounts, min_size=1, max_size=3)
+sources = st.one_of(
+    st.just({"dataset_name": "pairs.jsonl"}),
+    mixers.map(lambda mixer: {"dataset_mixer": mixer}),
+    mixers.map(lambda mixer: {"dataset_mixer_list": [x for pair in mixer.items() for x in pair]}),
+)
+
+
+def make_is_fine(**given):
+    try:
+        ExperimentConfig(**NEEDED, **given)
+    except ConfigError:
+        return False
+    return True
 
 
 def given_or_not(**fields):
@@ -69,7 +89,7 @@ optimizers = st.just({"optimizer": "sgd"}) | given_or_not(
 evaluations = st.one_of(
     st.fixed_dictionaries({"test_size": fraction | counts}, optional={"eval_steps": counts}),
     st.fixed_dictionaries(
-        {"eval_dataset": text},
+        {"eval_dataset": text | st.dictionaries(labels, text, min_size=1, max_size=3)},
         optional={"eval_steps": fraction, "per_device_eval_batch_size": counts},
     ),
     given_or_not(eval_strategy=st.just("never")),
@@ -84,6 +104,13 @@ others = given_or_not(
     max_grad_norm=st.none() | positive | st.just(0),
     weight_decay=positive,
     column_map=st.none() | st.dictionaries(st.sampled_from(["prompt", "chosen"]), text),
+    exp_name=names,
+    run_name=st.none() | names,
+    use_cache=st.booleans(),
+    report_to=st.sampled_from([None, "tensorboard", "none", [], ["tensorboard"]]),
+    dataset_transforms=st.lists(text.filter(lambda name: ":" not in name), min_size=1, max_size=3),
+    num_proc=st.none() | counts,
+    dataset_cache_mode=st.sampled_from(["local", "hub", "off"]),
     max_length=st.none() | st.integers(2, 10**9),
     checkpointing_steps=st.none() | st.just("epoch") | counts,
     keep_last_n_checkpoints=st.none() | counts,
@@ -94,8 +121,10 @@ others = given_or_not(
 orders = st.fixed_dictionaries({"shuffle": st.just(False)}) | st.fixed_dictionaries(
     {"shuffle": st.just(True), "data_seed": st.none() | seeds}
 )
-configs = st.tuples(orders, losses, lengths, warmups, optimizers, evaluations, others).map(
-    lambda parts: ExperimentConfig(**NEEDED, **{k: v for part in parts for k, v in part.items()})
+configs = st.tuples(sources, orders, losses, lengths, warmups, optimizers, evaluations, others).map(
+    lambda parts: ExperimentConfig(
+        model_name_or_path="m", **{k: v for part in parts for k, v in part.items()}
+    )
 )
 
 
@@ -111,6 +140,10 @@ def reloaded(config):
 def test_reading_back_what_was_written_is_the_identity(config):
     assert reloaded(config) == config
     assert ExperimentConfig(**config.to_dict()) == config
+    from_json = ExperimentConfig(**json.loads(json.dumps(config.to_dict())))
+    assert from_json == config
+    # 1 and 1.0 are equal, and not the same amount.
+    assert repr(from_json.sources) == repr(reloaded(config).sources) == repr(config.sources)
     assert reloaded(config).to_yaml() == config.to_yaml()
 
 
@@ -125,6 +158,16 @@ def test_scoring_reloads_too():
     for given_values in ({}, {"reference_model_name_or_path": "r", "output": "a.parquet"}):
         config = ScoreConfig(**NEEDED, **given_values)
         assert reloaded(config) == config
+
+
+def test_a_written_config_names_its_version_and_stays_on_lines():
+    config = ExperimentConfig(
+        model_name_or_path="m", dataset_mixer={"a": 1, "no": 1.0}, dataset_transforms=["x", "y:z"]
+    )
+    lines = config.to_yaml().splitlines()
+    assert lines[0] == f"preftune_version: {__version__}"
+    assert {"dataset_mixer: {a: 1, 'no': 1.0}", "dataset_transforms: [x, 'y:z']"} <= {*lines}
+    assert "preftune_version" not in config.to_dict()
 
 
 def test_an_explicit_null_is_written_where_null_is_not_the_default():

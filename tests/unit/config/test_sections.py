@@ -17,6 +17,8 @@ from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
 
+ONLY_MIXED = {"dataset_name": None}
+
 
 def make(**given):
     return ExperimentConfig(**{**NEEDED, **given})
@@ -33,6 +35,35 @@ BAD = [
     ({"model_name_or_path": None}, "model_name_or_path"),
     ({"dataset_name": None}, "dataset_name"),
     ({"seed": -1}, "seed"),
+    ({"exp_name": "a/b"}, "exp_name"),
+    ({"exp_name": "a\nb"}, "exp_name"),
+    ({"run_name": "a\\b"}, "run_name"),
+    ({"run_name": "a\x7fb"}, "run_name"),
+    ({"tokenizer_revision": "main"}, "tokenizer_revision"),
+    ({"use_cache": True, "gradient_checkpointing": True}, "use_cache"),
+    ({"dataset_mixer": {"a": 1.0}}, "dataset_name"),
+    ({"dataset_mixer_list": ["a", "1"]}, "dataset_name"),
+    ({"dataset_mixer": {"a": 1}, "dataset_mixer_list": ["a", 1]}, "dataset_name"),
+    ({**ONLY_MIXED, "dataset_mixer": {}}, "dataset_mixer"),
+    ({**ONLY_MIXED, "dataset_mixer": {"a": 0}}, "dataset_mixer"),
+    ({**ONLY_MIXED, "dataset_mixer": {"a": 0.0}}, "dataset_mixer"),
+    ({**ONLY_MIXED, "dataset_mixer": {"a": -1}}, "dataset_mixer"),
+    ({**ONLY_MIXED, "dataset_mixer_list": []}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a"]}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a", "1", "b"]}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a", "b"]}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a", "0"]}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a", "nan"]}, "dataset_mixer_list"),
+    ({**ONLY_MIXED, "dataset_mixer_list": ["a", "1", "a", "2"]}, "dataset_mixer_list"),
+    ({"eval_dataset": {}}, "eval_dataset"),
+    ({"eval_dataset": {"a/b": "e"}}, "eval_dataset"),
+    ({"dataset_transforms": []}, "dataset_transforms"),
+    ({"dataset_transforms": ["a:1b"]}, "dataset_transforms"),
+    ({"dataset_transforms": [":b"]}, "dataset_transforms"),
+    ({"dataset_transforms": ["a-b:c"]}, "dataset_transforms"),
+    ({"num_proc": 0}, "num_proc"),
+    ({"cache_dataset_only": True, "dataset_cache_mode": "off"}, "cache_dataset_only"),
+    ({"report_to": ["tensorboard", "tensorboard"]}, "report_to"),
     ({"data_seed": 2**32}, "data_seed"),
     ({"chat_template": "chatlm"}, "chat_template"),
     ({"beta": 0.0}, "beta"),
@@ -103,6 +134,15 @@ GOOD = [
     {"eval_strategy": "never"},
     {"chat_template": "mine.jinja"},
     {"chat_template": "zephyr"},
+    *({"chat_template": name} for name in ("llama3", "alpaca", "plain", "org/name", "./folder")),
+    {"exp_name": "tulu 3, β=5", "run_name": "first"},
+    {"tokenizer_name_or_path": "t", "tokenizer_revision": "main"},
+    {"use_cache": True},
+    {"dataset_name": None, "dataset_mixer": {"org/a:sub@main": 0.5, "b.jsonl": 2.5, "c": 1}},
+    {"eval_dataset": {"held-out_1.0": "e", "b": "f"}, "eval_split": "dev"},
+    {"dataset_transforms": ["strip", "my.rows:strip", "strip"], "num_proc": 1},
+    {"cache_dataset_only": True, "dataset_cache_mode": "hub"},
+    {"report_to": ["tensorboard"]},
     {"forward_layout": "separate", "concatenated_forward": False},
     {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0},
     {"checkpointing_steps": "epoch", "keep_last_n_checkpoints": None},
@@ -142,6 +182,26 @@ WRONG_TYPES = [
     ("max_length", [1]),
     ("checkpointing_steps", "epochs"),
     ("test_size", "half"),
+    ("exp_name", ""),
+    ("run_name", ""),
+    ("stage", "sft"),
+    ("dataset_mixer", {"a": True}),
+    ("dataset_mixer", {"a": "x"}),
+    ("dataset_mixer", {"a": None}),
+    ("dataset_mixer", {"": 1}),
+    ("dataset_mixer", {"a": float("inf")}),
+    ("dataset_mixer", ["a", 1]),
+    ("dataset_mixer_list", ["a", True]),
+    ("dataset_mixer_list", ["a", ["b"]]),
+    ("dataset_mixer_list", {"a": 1}),
+    ("eval_dataset", {"a": 1}),
+    ("eval_dataset", ["a"]),
+    ("dataset_transforms", [""]),
+    ("dataset_transforms", [1]),
+    ("report_to", ["wandb"]),
+    ("report_to", "none,"),
+    ("dataset_cache_mode", "none"),
+    ("use_cache", "maybe"),
     ("beta", {}),
 ]
 
@@ -190,6 +250,50 @@ def test_what_is_left_unset_is_resolved():
     assert make(forward_layout="separate").layout == "separate"
     assert make(data_seed=0).resolved_data_seed == 0
     assert make(test_size=1, per_device_eval_batch_size=3).eval_batch_size == 3
+
+
+def test_names_follow_from_experiment_and_seed():
+    assert (make().exp_name, make().run_name) == ("preftune", "preftune__42")
+    assert make(exp_name="a", seed=3).run_name == "a__3"
+    assert make(exp_name="a", run_name="b").run_name == "b"
+
+
+def test_sources_of_all_three_kinds():
+    assert make().sources == (("pairs.jsonl", None),)
+    mixed = {"b": 1, "a": 1.0, "c": 2.5}
+    as_list = [part for pair in mixed.items() for part in pair]
+    for given in (
+        {"dataset_mixer": mixed},
+        {"dataset_mixer_list": as_list},
+        {"dataset_mixer_list": [str(part) for part in as_list]},
+    ):
+        assert repr(make(dataset_name=None, **given).sources) == repr(tuple(mixed.items()))
+    assert make(dataset_name=None, dataset_mixer_list=as_list).dataset_mixer_list[1] == "1"
+
+
+def test_evaluation_sources():
+    assert make().eval_sources == {}
+    assert make(eval_dataset="e").eval_sources == {"": "e"}
+    assert make(eval_dataset={"x": "e", "y": "f"}).eval_sources == {"x": "e", "y": "f"}
+    assert make(eval_dataset={"x": "e"}).eval_strategy == "epoch"
+
+
+def test_a_single_name_is_a_list_of_one():
+    assert make(report_to="tensorboard").report_to == ["tensorboard"]
+    assert make(report_to="none").report_to is make(report_to=[]).report_to is None
+    assert make(dataset_transforms="a, b").dataset_transforms == ["a, b"]
+    assert make(dataset_transforms=("a", "b")).dataset_transforms == ["a", "b"]
+
+
+@pytest.mark.parametrize("loss", list(DPOLossType))
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_of_another_loss_is_refused(loss, name):
+    knob = KNOBS[name]
+    value = knob.choices[0] if knob.choices else 0.25
+    if name in LOSS_SPECS[loss].knobs:
+        assert getattr(make(loss_type=loss, **{name: value}), name) == value
+    else:
+        assert problem_keys(ExperimentConfig, **NEEDED, loss_type=loss, **{name: value}) == [name]
 
 
 def test_spellings_of_one_value_are_equal():
