@@ -71,7 +71,7 @@ def test_reference_free_losses_run_no_reference_forward(tmp_path, forwards):
     # 21 pairs in micro-batches of 4 make 6 forwards an epoch; one more is the check before step 1.
     assert forwards == [False] + [True] * 12
     assert "reference" not in manifest
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "reference").exists()
 
 
 def test_what_does_not_change_the_reference_recomputes_none(tmp_path, forwards):

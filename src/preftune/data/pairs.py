@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from preftune.data.hub_cache import HubCache
 from preftune.data.reasons import ASKED_FOR, MEANING, Dropped
 from preftune.data.sources import open_source
 from preftune.data.table import (
@@ -132,6 +133,7 @@ def load_pairs(
     max_rows: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
+    hub: HubCache | None = None,
     num_proc: int = 1,
     progress: Progress | None = None,
 ) -> PairDataset:
@@ -152,6 +154,7 @@ def load_pairs(
         max_rows: read no more rows of a source than this; None for all.
         seed: of which rows are drawn where a source gives a part of its rows.
         cache: folder of tokenised sources; None keeps nothing.
+        hub: where else to look for tokenised sources, and to put what is made.
         num_proc: processes that tokenise.
         progress: called now and then with (rows done, rows in all or None).
 
@@ -178,7 +181,13 @@ def load_pairs(
                 progress(before + num_rows, total)
 
         tokenized = tokenize_source(
-            source, recipe, cache=cache, max_rows=max_rows, num_proc=num_proc, progress=report
+            source,
+            recipe,
+            cache=cache,
+            hub=hub,
+            max_rows=max_rows,
+            num_proc=num_proc,
+            progress=report,
         )
         num_done += len(tokenized.table)
         parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))

@@ -24,6 +24,7 @@ import xxhash
 
 from preftune.data.formats import check_column_map, parse_row
 from preftune.data.formats.row import renamed
+from preftune.data.hub_cache import HubCache
 from preftune.data.reasons import Dropped
 from preftune.data.sources import RawRow, Source
 from preftune.data.table import TokenizedRow, make_table
@@ -86,6 +87,7 @@ def tokenize_source(
     recipe: Recipe,
     *,
     cache: Path | None,
+    hub: HubCache | None = None,
     max_rows: int | None = None,
     num_proc: int = 1,
     progress: Progress | None = None,
@@ -96,6 +98,7 @@ def tokenize_source(
         source: where rows come from.
         recipe: how they become tokens.
         cache: folder of tokenised sources; None keeps nothing.
+        hub: where else to look for them, and to put what is made.
         max_rows: read no more rows than this; None for all.
         num_proc: processes that work at it.
         progress: called now and then with (rows done, rows in all or None).
@@ -113,7 +116,11 @@ def tokenize_source(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     folder = cache / recipe.key(source, max_rows)
-    return _in_folder(folder, source, recipe, max_rows, num_proc, progress)
+    missing = hub is not None and not (folder / _COMPLETE).is_file() and not hub.fetch(folder)
+    tokenized = _in_folder(folder, source, recipe, max_rows, num_proc, progress)
+    if hub is not None and missing:
+        hub.push(folder)
+    return tokenized
 
 
 def _in_folder(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -133,7 +134,11 @@ def model_commit(config: ModelConfig) -> str | None:
                 "has no revisions; leave it out"
             )
         return None
-    return load_model_config(config)._commit_hash
+    try:
+        # The folder of a file in the Hub's cache is named by the commit.
+        return Path(hf_hub_download(name, "config.json", revision=config.model_revision)).parent.name
+    except LOADING_ERRORS as error:
+        raise _cannot_load("model", "model_name_or_path", name, error) from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:

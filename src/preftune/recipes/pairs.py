@@ -12,6 +12,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
 from preftune.data.chat import set_chat_template
+from preftune.data.hub_cache import HubCache
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
 from preftune.data.splits import split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
@@ -126,6 +127,7 @@ def load_dataset_pairs(
             max_rows=max_rows,
             seed=seed,
             cache=None if config.dataset_cache_mode == "off" else cache,
+            hub=HubCache() if config.dataset_cache_mode == "hub" else None,
             num_proc=config.num_proc or 1,
             progress=counting(update),
         )

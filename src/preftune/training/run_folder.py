@@ -23,6 +23,8 @@ MAY_CHANGE = frozenset(
         "num_epochs",
         "max_train_steps",
         "logging_steps",
+        "exp_name",
+        "run_name",
         "report_to",
         "progress",
         "num_proc",
