@@ -204,3 +204,11 @@ def test_a_run_keeps_the_commit_that_its_branch_stood_for(tmp_path: Path) -> Non
     assert "going on after step 2" in said
     assert resumed["model"]["commit"] == SHA["old"]
     assert run("again")[0]["model"]["commit"] == SHA["new"]
+
+
+def test_the_saved_model_stops_where_its_answers_were_taught_to(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, max_train_steps=1, num_epochs=None)
+    folder = train(config).folder.final
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    trained = load(config).train.examples[0].completions[0].ids[-1]
+    assert trained in (stops if isinstance(stops, list) else [stops])

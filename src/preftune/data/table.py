@@ -1,6 +1,7 @@
 """Tokenised rows as Arrow columns: in memory, or mapped from disk whatever the size of the data."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -115,11 +116,9 @@ class TokenRows(Sequence[TokenizedExample]):
 
     def take(self, rows: np.ndarray) -> "TokenRows":
         """The rows at `rows`, which may repeat, in that order."""
-        taken = object.__new__(TokenRows)
-        taken.__dict__ |= self.__dict__
+        taken = copy(self)
         for cached in ("lengths", "is_cut"):
-            if cached in taken.__dict__:
-                taken.__dict__[cached] = taken.__dict__[cached][rows]
+            taken.__dict__.pop(cached, None)
         taken._positions, taken._origins = self._positions[rows], self._origins[rows]
         return taken
 

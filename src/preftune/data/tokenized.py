@@ -157,9 +157,9 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     """Write the shards that are missing, then say that all are there."""
-    total = source.total if max_rows is None else min(source.total or max_rows, max_rows)
-    if source.total is None:
-        total = None
+    total = source.total
+    if total is not None and max_rows is not None:
+        total = min(total, max_rows)
     unread: set[str] = set()
     num_shards = num_done = 0
 

@@ -136,7 +136,9 @@ def model_commit(config: ModelConfig) -> str | None:
         return None
     try:
         # The folder of a file in the Hub's cache is named by the commit.
-        return Path(hf_hub_download(name, "config.json", revision=config.model_revision)).parent.name
+        return Path(
+            hf_hub_download(name, "config.json", revision=config.model_revision)
+        ).parent.name
     except LOADING_ERRORS as error:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
 
@@ -223,6 +225,21 @@ def save_model(
     config = json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     config_file.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+
+
+def stop_at(model: PreTrainedModel, token_id: int) -> bool:
+    """Let `generate` stop at a token, too; returns whether that is new.
+
+    A chat template may end answers with another token than the base model's end of sequence.
+    """
+    settings = model.generation_config
+    assert settings is not None  # models that generate have one
+    known = settings.eos_token_id
+    ids = [] if known is None else known if isinstance(known, list) else [known]
+    if token_id in ids:
+        return False
+    settings.eos_token_id = [*ids, token_id]
+    return True
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:

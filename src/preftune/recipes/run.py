@@ -15,12 +15,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
+from preftune.data.chat import answer_frame
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.losses.spec import LOSS_SPECS
-from preftune.model.load import DTYPES, LoadedModel, save_model
+from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import PairBatcher, PreferenceObjective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
@@ -271,6 +272,7 @@ class Run:
             temporary = final.with_name(".partial-final")
             for path in (temporary, final):
                 shutil.rmtree(path, ignore_errors=True)
+            self._teach_stop_token()
             choice = self.config.save_dtype
             dtype = self.loaded.source_dtype if choice == "auto" else DTYPES[choice]
             self.manifest["save_dtype"] = str(dtype).removeprefix("torch.")
@@ -286,6 +288,14 @@ class Run:
                 ) from error
             self.display.say(f"saved {final}")
         self.runtime.barrier()
+
+    def _teach_stop_token(self) -> None:
+        if self.pairs.train.examples.is_text.all():
+            return
+        stop_id = answer_frame(self.tokenizer).stop_id
+        if stop_at(self.loaded.policy.model, stop_id):
+            token = self.tokenizer.convert_ids_to_tokens(stop_id)
+            self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
 
     def end(self, status: str) -> dict[str, Any]:
         """Write the manifest's last word."""
