@@ -6,15 +6,46 @@ object, so a way to the same numbers is never a branch elsewhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import assert_never
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from preftune.config.dpo import Layout as LayoutName
-from preftune.schema import TokenizedExample
+from preftune.schema import Completion, TokenizedExample
+
+
+class Span(NamedTuple):
+    """A run of tokens of a packed row, and what they attend to: a prefix, and causally themselves.
+
+    The tokens of a span stand at the positions after its prefix, so it is the end of an ordinary
+    causal sequence `prefix + span`, whatever lies between the two in the row.
+    """
+
+    start: int
+    stop: int
+    prefix_start: int
+    prefix_stop: int
+    """Equal to `prefix_start` where there is no prefix."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Attention of a packed row: its spans, in order and without gaps.
+
+    Example: prompt of 2 tokens with answers of 2 and 1, `[p p c c r]`:
+
+        Span(0, 4, 0, 0)    # prompt and first answer: plain causal attention
+        Span(4, 5, 0, 2)    # second answer: sees the prompt and itself, never the first answer
+    """
+
+    spans: tuple[Span, ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Masks that the layers of one forward share, by span, window and device."""
+    calls: list[int] = field(default_factory=list, compare=False, repr=False)
+    """One entry a call of the attention function: how the probe sees that every layer took part."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,10 @@ class Block:
     """`lengths` on the host, for splitting without waiting for the device."""
     completion_ids: tuple[int, ...]
     """Which answer of the micro-batch each entry of `lengths` is."""
+    position_ids: Int[Tensor, "rows width"] | None = None
+    """Of a packed row; None counts from 0 in every row."""
+    segments: Segments | None = None
+    """Of a packed row; None is causal attention in every row."""
 
     def to(self, device: torch.device) -> "Block":
         """The same block with its tensors on `device`."""
@@ -47,6 +82,8 @@ class Block:
             self.lengths.to(device, non_blocking=True),
             self.num_scored,
             self.completion_ids,
+            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            self.segments,
         )
 
 
@@ -83,13 +120,17 @@ def build_layout(examples: Sequence[TokenizedExample], name: LayoutName) -> Pair
 
     Args:
         examples: the rows of the micro-batch; all with the same number of answers.
-        name: `concatenated` runs all answers in one call of the model, padded to the longest;
+        name: `shared_prefix` packs all rows into one, without padding, each prompt once;
+            `concatenated` runs all answers in one call of the model, padded to the longest;
             `separate` makes one call for the chosen and one for the rejected answers, which pads
             less where the two sides differ in length.
 
     Returns:
         The layout, on the CPU.
     """
+    if name == "shared_prefix":
+        block = _packed_block(examples)
+        return PairLayout((block,), len(block.completion_ids), block.input_ids.shape[1])
     sequences = [
         _Sequence(example.prompt_ids, completion.ids, completion.scored)
         for example in examples
@@ -106,6 +147,71 @@ def build_layout(examples: Sequence[TokenizedExample], name: LayoutName) -> Pair
             assert_never(name)
     blocks = tuple(_padded_block(sequences, group) for group in groups)
     return PairLayout(blocks, len(sequences), sum(s.length for s in sequences))
+
+
+def _packed_block(examples: Sequence[TokenizedExample]) -> Block:
+    """All examples in one row; those with the same prompt share its tokens."""
+    answers: dict[tuple[int, ...], list[tuple[int, Completion]]] = {}
+    index = 0
+    for example in examples:
+        for completion in example.completions:
+            answers.setdefault(example.prompt_ids, []).append((index, completion))
+            index += 1
+    row = _PackedRow()
+    for prompt, completions in answers.items():
+        row.add(prompt, completions)
+    return row.block()
+
+
+class _PackedRow:
+    """Tokens, positions and spans of a packed row while it grows."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.spans: list[Span] = []
+        self.score_positions: list[int] = []
+        self.labels: list[int] = []
+        self.lengths: list[int] = []
+        self.completion_ids: list[int] = []
+
+    def add(self, prompt: Sequence[int], completions: Sequence[tuple[int, Completion]]) -> None:
+        """Append a prompt, and behind it its answers, each at the positions after the prompt."""
+        start, stop = len(self.ids), len(self.ids) + len(prompt)
+        self._append(prompt, first_position=0)
+        for number, (index, completion) in enumerate(completions):
+            begin = len(self.ids)
+            self._append(completion.ids, first_position=len(prompt))
+            # The first answer stands right behind its prompt: one causal span for both.
+            span = (start, start, start) if number == 0 else (begin, start, stop)
+            self.spans.append(Span(span[0], len(self.ids), span[1], span[2]))
+            scored = [
+                offset
+                for offset in range(len(completion.ids))
+                if completion.scored is None or completion.scored[offset]
+            ]
+            # The prompt's last token predicts the first token of every answer.
+            self.score_positions += [begin + t - 1 if t else stop - 1 for t in scored]
+            self.labels += [completion.ids[t] for t in scored]
+            self.lengths.append(len(scored))
+            self.completion_ids.append(index)
+
+    def _append(self, ids: Sequence[int], first_position: int) -> None:
+        self.ids += ids
+        self.positions += range(first_position, first_position + len(ids))
+
+    def block(self) -> Block:
+        """The row as tensors."""
+        return Block(
+            torch.tensor([self.ids]),
+            torch.tensor(self.score_positions, dtype=torch.long),
+            torch.tensor(self.labels, dtype=torch.long),
+            torch.tensor(self.lengths, dtype=torch.long),
+            tuple(self.lengths),
+            tuple(self.completion_ids),
+            torch.tensor([self.positions]),
+            Segments(tuple(self.spans)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from preftune.config.problem import Problem
 from preftune.config.section import Section
 from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType, WPOAlignment
 
-Layout = Literal["concatenated", "separate"]
-ForwardLayout = Literal["auto", "concatenated", "separate"]
+Layout = Literal["shared_prefix", "concatenated", "separate"]
+ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
 
 
 @dataclass(kw_only=True)

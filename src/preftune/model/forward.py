@@ -1,6 +1,7 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -97,13 +98,21 @@ class PolicyModel(nn.Module):
         if self.compact_head:
             # No attention mask and no position ids: right padding needs neither under causal
             # attention, and transformers would read restarting positions as packed documents.
-            hidden = self.model.base_model(block.input_ids, use_cache=self.use_cache)[0]
+            hidden = self.model.base_model(block.input_ids, **self._options(block))[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
         else:
-            hidden = self.model(block.input_ids, use_cache=self.use_cache).logits
+            hidden = self.model(block.input_ids, **self._options(block)).logits
             head = nn.Identity()
         return hidden.flatten(0, 1)[block.score_positions], head
+
+
+    def _options(self, block: Block) -> dict[str, Any]:
+        options: dict[str, Any] = {"use_cache": self.use_cache}
+        if block.segments is not None:
+            # A keyword reaches every layer, and activation checkpointing keeps it for the backward.
+            options |= {"position_ids": block.position_ids, "segments": block.segments}
+        return options
 
 
 def pair_logps(
