@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +92,7 @@ class _Inspection:
     ) -> None:
         self._config = config
         self._display = display
-        self._decode = partial(
-            tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        self._tokenizer = tokenizer
         transforms = load_transforms(config.dataset_transforms or ())
         self._recipe = Recipe(tokenizer, dict(config.column_map or {}), transforms)
         self._pairs = pairs
@@ -238,6 +235,12 @@ class _Inspection:
             else:
                 note = "Not trained on: the amount of its source in the mix leaves it out."
             yield show_row(self._decode, whole, None, examples.limits, note)
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
     @property
     def _train_rows(self) -> TokenRows:

@@ -58,7 +58,7 @@ def read_answers(table: pa.Table) -> Answers:
 
 
 def _keys(ids: np.ndarray, edges: list[int]) -> np.ndarray:
-    data = memoryview(np.ascontiguousarray(ids))
+    data = np.ascontiguousarray(ids).data
     digest = xxhash.xxh3_64_intdigest
     return np.array([digest(data[a:b]) for a, b in pairwise(edges)], dtype=np.uint64)
 

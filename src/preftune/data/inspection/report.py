@@ -81,7 +81,8 @@ def count_table(dataset: PairDataset) -> Table:
     """Rows read, kept and left out, a line a source."""
     parts = [(source.name, source.counts, source.num_drawn) for source in dataset.sources]
     if len(parts) != 1:
-        parts.append(("all", dataset.counts, sum(drawn for *_, drawn in parts)))
+        whole = "all" if parts else f"{dataset.name} (split off)"
+        parts.append((whole, dataset.counts, sum(drawn for *_, drawn in parts)))
     rows = []
     for name, counts, drawn in parts:
         dropped = sum(counts.dropped.values())
@@ -151,7 +152,7 @@ def length_table(dataset: PairDataset) -> Table:
         (name, *map(number, quantiles(values)), f"{values.mean():,.1f}")
         for name, values in parts.items()
     ]
-    names = ("min", *(f"{percent} %" for percent in QUANTILES[1:-1]), "max", "mean")
+    names = ("min", *(f"{percent}%" for percent in QUANTILES[1:-1]), "max", "mean")
     note = "Tokens, after any cut. Longest side: the prompt and the longer answer."
     return Table("Lengths", ("", *names), tuple(rows), note)
 
@@ -165,12 +166,13 @@ def bias_table(bias: LengthBias) -> Table:
         ("chosen is shorter", number(bias.num_shorter), share(bias.num_shorter, pairs)),
     )
     right = bias.longer_wins
-    rule = f"“the longer one” is right in {right:.1%}"
+    rule = f"“the longer one” is right in {right:.1%} of the pairs"
     if right < 0.5:
-        rule += f", so “the shorter one” in {1 - right:.1%}"
+        rule += f", “the shorter one” in {1 - right:.1%}"
+    more = "more" if bias.mean_difference >= 0 else "fewer"
     note = (
-        f"On average the chosen answer has {bias.mean_difference:+,.1f} tokens more than the "
-        f"rejected one. Without reading any text, {rule} of the pairs (50 %: length says nothing)."
+        f"On average the chosen answer has {abs(bias.mean_difference):,.1f} tokens {more} than the "
+        f"rejected one, after any cut. Without reading any text, {rule} (50%: length says nothing)."
     )
     return Table("Length bias", ("", "pairs", "share"), rows, note)
 
@@ -224,36 +226,36 @@ def cost_table(costs: Sequence[TruncationCost], configured: Limits) -> Table:
     """What several lengths would cost.
 
     Args:
-        costs: one for each length and truncation, those of a length side by side.
+        costs: one for each length and truncation.
         configured: the limits of the run.
     """
-    modes = list(dict.fromkeys(cost.limits.truncation for cost in costs))
-    columns = ["max_length", "rows over"]
-    for mode in modes:
-        columns += [f"{mode}: rows", "answers", *(["prompts"] if mode != "drop" else [])]
     rows = []
-    for start in range(0, len(costs), len(modes)):
-        some = costs[start : start + len(modes)]
-        length = some[0].limits.max_length
-        chosen = " *" if length == configured.max_length else ""
-        row = [f"{length}{chosen}", number(some[0].num_over)]
-        for cost in some:
-            row += [
-                share(cost.num_dropped, cost.num_rows),
-                share(cost.answer_tokens_lost, cost.answer_tokens),
-            ]
-            if cost.limits.truncation != "drop":
-                row.append(share(cost.prompt_tokens_lost, cost.prompt_tokens))
-        rows.append(tuple(row))
+    for cost in costs:
+        limits = cost.limits
+        is_configured = (limits.max_length, limits.truncation) == (
+            configured.max_length,
+            configured.truncation,
+        )
+        lost = (
+            share(cost.num_dropped, cost.num_rows),
+            share(cost.answer_tokens_lost, cost.answer_tokens),
+            share(cost.prompt_tokens_lost, cost.prompt_tokens),
+        )
+        if not cost.num_over and limits.truncation != "drop" and not is_configured:
+            continue  # nothing is over: one line says it
+        mode = limits.truncation if cost.num_over or is_configured else "any"
+        about = (number(limits.max_length or 0), number(cost.num_over), mode)
+        rows.append((*about, *lost, "configured" if is_configured else ""))
     note = (
-        f"Lost under each truncation: rows, answer tokens, prompt tokens; of "
-        f"{number(costs[0].num_rows)} tokenised rows, before any limit, mix or split."
+        f"Parts of {number(costs[0].num_rows)} tokenised rows and their tokens, before any limit, "
+        "mix or split."
     )
     if configured.max_prompt_length is not None:
-        note += f" max_prompt_length stays {configured.max_prompt_length} or max_length."
-    if configured.max_length is not None:
-        note += f" * is configured, with {configured.truncation}."
-    return Table("What truncation would cost", tuple(columns), tuple(rows), note)
+        note += f" max_prompt_length is {configured.max_prompt_length} throughout."
+    columns = ("max_length", "rows over", "truncation", "rows lost", "answer tokens lost")
+    return Table(
+        "What truncation would cost", (*columns, "prompt tokens lost", ""), tuple(rows), note
+    )
 
 
 def truncation_costs(answers: Answers, configured: Limits) -> list[TruncationCost]:
@@ -263,14 +265,12 @@ def truncation_costs(answers: Answers, configured: Limits) -> list[TruncationCos
         answers: of all tokenised rows.
         configured: the limits of the run.
     """
-    lengths = sorted({*LENGTHS_TRIED, configured.max_length or LENGTHS_TRIED[0]})
-    costs = []
-    for length in lengths:
-        prompt = configured.max_prompt_length
-        prompt = None if prompt is None else min(prompt, length)
-        for mode in ("drop", "keep_start", "keep_end"):
-            costs.append(truncation_cost(answers, Limits(length, prompt, mode)))
-    return costs
+    prompt = configured.max_prompt_length
+    return [
+        truncation_cost(answers, Limits(length, prompt, mode))
+        for length in sorted({*LENGTHS_TRIED, configured.max_length or LENGTHS_TRIED[0]})
+        for mode in ("drop", "keep_start", "keep_end")
+    ]
 
 
 def number_tables(dataset: PairDataset, answers: Answers) -> list[Table]:
@@ -337,5 +337,5 @@ def share(part: int, whole: int) -> str:
     """A part in percent; what is not all or nothing is not rounded to it."""
     percent = 100 * part / max(whole, 1)
     if 0 < percent < 0.05:
-        return "<0.1 %"
-    return ">99.9 %" if percent >= 99.95 and part < whole else f"{percent:.1f} %"
+        return "<0.1%"
+    return ">99.9%" if percent >= 99.95 and part < whole else f"{percent:.1f}%"

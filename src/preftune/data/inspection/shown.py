@@ -49,7 +49,7 @@ class ShownSide:
     def summary(self) -> str:
         """Role and numbers of tokens."""
         trained, context, cut = map(self.num_tokens, Mark)
-        text = f"{self.role}: {trained + context} tokens"
+        text = f"{self.role}: {trained + context} token{'s' * (trained + context != 1)}"
         if self.role != "prompt":
             text += f", {trained} of them trained"
         return text + (f"; {cut} cut off" if cut else "")

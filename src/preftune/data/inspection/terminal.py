@@ -49,7 +49,7 @@ def _dataset_text(dataset: DatasetReport, is_whole: bool, colours: bool) -> Text
     text.append(f"\n{visible(title)}\n", style="bold")
     text.append("═" * len(title) + "\n")
     for row in dataset.shown:
-        text.append_text(_row_text(row, is_whole, colours))
+        text.append_text(_row_text(row, dataset.name, is_whole, colours))
     for table in dataset.tables:
         text.append_text(_table_text(table))
     if dataset.dropped:
@@ -62,10 +62,10 @@ def _dataset_text(dataset: DatasetReport, is_whole: bool, colours: bool) -> Text
     return text
 
 
-def _row_text(row: ShownRow, is_whole: bool, colours: bool) -> Text:
+def _row_text(row: ShownRow, dataset_name: str, is_whole: bool, colours: bool) -> Text:
     text = Text()
     text.append(f"\n{visible(row.row_id)}", style="bold")
-    text.append(f"  {visible(row.source)}\n" if row.source else "\n")
+    text.append(f"  {visible(row.source)}\n" if row.source != dataset_name else "\n")
     if row.note:
         text.append(f"  {visible(row.note)}\n")
     for side in row.sides:
