@@ -20,8 +20,9 @@ from preftune.data.inspection.numbers import (
     shared_prompts,
 )
 from preftune.data.inspection.proving import count_proofs, rows_to_prove
-from preftune.data.inspection.report import share
+from preftune.data.inspection.report import DatasetReport, Report, share
 from preftune.data.inspection.shown import Mark, Piece, pieces, show_row, visible
+from preftune.data.inspection.terminal import report_text
 from preftune.data.inspection.truncation import truncation_cost
 from preftune.data.pairs import PairDataset, load_pairs
 from preftune.data.reasons import Dropped
@@ -227,6 +228,30 @@ def test_nothing_in_the_data_can_steer_a_terminal() -> None:
         "a↵\n⇥b␛[31m␍␀\\u007f\\u009b\\u202e\\u200b"
     )
     assert visible("naïve — 👩‍👧 日本") == "naïve — 👩‍👧 日本"
+
+
+def test_colours_take_the_place_of_brackets() -> None:
+    whole = row([1, 2], [3, 4], [5])
+    shown = show_row(lambda ids: "x" * len(ids), whole, whole, NO_LIMITS, "")
+    dataset = DatasetReport("Training", "d", 1, (shown,), (), ())
+    report = Report((("model", "m"),), (dataset,), None, (), is_whole=False)
+    plain, coloured = (report_text(report, colours=colours) for colours in (False, True))
+    assert "    ⟦x¦x⟧\n" in plain.plain
+    assert "    xx\n" in coloured.plain
+    styled = [coloured.plain[a:b] for a, b, style in coloured.spans if "on" in str(style).split()]
+    assert styled == ["x", "x", "x"]  # each trained token by itself
+
+
+def test_a_terminal_shows_the_ends_of_long_texts_unless_asked() -> None:
+    whole = row(list(range(1, 401)), [500], [501])
+    shown = show_row(lambda ids: "x" * len(ids), whole, whole, NO_LIMITS, "")
+    dataset = DatasetReport("Training", "d", 1, (shown,), (), ())
+    short, long = (
+        report_text(Report((("model", "m"),), (dataset,), None, (), is_whole), colours=False).plain
+        for is_whole in (False, True)
+    )
+    assert "x" * 250 + " ⋯ 50 tokens ⋯ " + "x" * 100 + "\n" in short
+    assert "x" * 400 + "\n" in long
 
 
 # ---- proofs

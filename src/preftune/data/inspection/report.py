@@ -86,18 +86,17 @@ def count_table(dataset: PairDataset) -> Table:
     rows = []
     for name, counts, drawn in parts:
         dropped = sum(counts.dropped.values())
-        numbers = (counts.read, counts.kept, dropped, counts.not_drawn, counts.truncated)
-        again = drawn - counts.kept if dataset.sources else 0
-        rows.append((name, *map(number, (*numbers, max(0, again)))))
+        again = max(0, drawn - counts.kept)
+        numbers = (counts.read, counts.kept, dropped, counts.not_drawn, counts.truncated, again)
+        rows.append((name, *map(number, numbers)))
     columns = ("source", "read", "kept", "dropped", "not drawn", "cut", "repeats")
     return Table("Rows", columns, tuple(rows), _count_note(dataset))
 
 
 def _count_note(dataset: PairDataset) -> str:
     notes = []
-    if len(dataset.examples) != dataset.counts.kept or (
-        len(dataset.sources) == 1 and dataset.sources[0].counts.kept != dataset.counts.kept
-    ):
+    kept = sum(source.counts.kept for source in dataset.sources)
+    if dataset.sources and len(dataset.examples) != kept:
         notes.append(
             f"Of these, {number(len(dataset.examples))} are here; the others are on the other side "
             "of the split, or left out because a held-out set has their prompts."
