@@ -10,7 +10,7 @@ import numpy as np
 
 from preftune.data.hub_cache import HubCache
 from preftune.data.reasons import ASKED_FOR, MEANING, Dropped
-from preftune.data.sources import open_source
+from preftune.data.sources import Source, open_source
 from preftune.data.table import (
     TokenizedRow,
     TokenRows,
@@ -93,6 +93,8 @@ class PairDataset:
     """Columns with a meaning to preftune that this version does not read."""
     reused: bool = False
     """Whether all tokens came from the cache."""
+    opened: tuple[Source, ...] = ()
+    """The sources, which can be read again; empty for rows that were at hand."""
 
     @property
     def num_text_rows(self) -> int:
@@ -263,6 +265,7 @@ def _mixed(parts: list[_Part], limits: Limits) -> PairDataset:
         copies=None if (copies == 1).all() else copies,
         unread_columns=tuple(sorted({c for p in parts for c in p.tokenized.unread_columns})),
         reused=all(part.tokenized.reused for part in parts),
+        opened=tuple(part.tokenized.source for part in parts),
     )
 
 
