@@ -43,20 +43,6 @@ def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prepare_data(config: ExperimentConfig) -> str:
-    """Fill the cache of tokenised data for later runs; loads no weights.
-
-    Returns:
-        What was made, for people.
-    """
-    display = ProgressDisplay(config.progress)
-    pairs = load_experiment_pairs(config, prepare_tokenizer(config), display)
-    sets = {"training": pairs.train}
-    sets |= {label or "held out": dataset for label, dataset in pairs.held_out.items()}
-    sizes = ", ".join(f"{len(dataset.examples)} {label}" for label, dataset in sets.items())
-    return f"tokenised pairs ({sizes}) are in {cache_root(config.cache_dir) / 'datasets'}"
-
-
 def load_experiment_pairs(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> Pairs:
