@@ -15,7 +15,7 @@ from preftune.data.chat import set_chat_template
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
 from preftune.data.splits import split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError, Findings, ModelError
 from preftune.model.load import check_model_files, load_model_config, load_tokenizer
 from preftune.tracking.progress import ProgressDisplay, counting
 
@@ -52,15 +52,7 @@ def load_experiment_pairs(
     No prompt is on both sides: `test_size` splits by prompt, and rows whose prompt stands in
     `eval_dataset` are left out of training.
     """
-    train = load_dataset_pairs(
-        config,
-        tokenizer,
-        display,
-        config.sources,
-        config.dataset_split,
-        max_rows=config.max_train_samples,
-        seed=config.seed,
-    )
+    train, held_out = _load_all(config, tokenizer, display)
     if config.test_size is not None:
         train, test = split_by_prompt(train, config.test_size, config.seed)
         held_out = {"": test}
@@ -69,11 +61,6 @@ def load_experiment_pairs(
             f"{len(test.examples)} held out"
         )
     else:
-        split = config.eval_split or "test"
-        held_out = {
-            label: load_dataset_pairs(config, tokenizer, display, [(name, None)], split)
-            for label, name in config.eval_sources.items()
-        }
         before = len(train.examples)
         train = without_prompts_of(train, list(held_out.values()))
         if removed := before - len(train.examples):
@@ -84,6 +71,32 @@ def load_experiment_pairs(
     for dataset in (train, *held_out.values()):
         check_fits_model(config, dataset)
     return Pairs(train, held_out)
+
+
+def _load_all(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
+) -> tuple[PairDataset, dict[str, PairDataset]]:
+    """The datasets as they are named; what is wrong with several is told at once."""
+    findings = Findings()
+    train, held_out = None, {}
+    with findings:
+        train = load_dataset_pairs(
+            config,
+            tokenizer,
+            display,
+            config.sources,
+            config.dataset_split,
+            max_rows=config.max_train_samples,
+            seed=config.seed,
+        )
+    for label, name in config.eval_sources.items():
+        with findings:
+            held_out[label] = load_dataset_pairs(
+                config, tokenizer, display, [(name, None)], config.eval_split or "test"
+            )
+    findings.raise_all()
+    assert train is not None  # or there was a finding
+    return train, held_out
 
 
 def load_dataset_pairs(
