@@ -42,7 +42,8 @@ def read_yaml(path: str) -> list[Entry]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"{path}: the config file cannot be read: {error.strerror}; give the path of a YAML file"
+            f"{path}: the config file cannot be read: {error.strerror}; "
+            "give the path of a YAML file"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(

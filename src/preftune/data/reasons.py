@@ -43,7 +43,7 @@ MEANING: dict[DropReason, str] = {
         "writes the conversation differently once it is answered"
     ),
     DropReason.PROMPT_REPEATED: (
-        "an answer begins with the prompt again, or with another message of the user's, so that the "
+        "an answer begins with the prompt again, or with another message of the user's, and the "
         "question would stand there twice: take it out of the answers, or leave out the prompt"
     ),
     DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",

@@ -8,7 +8,6 @@ shards and goes on after them; memory does not grow with the source.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -131,10 +130,8 @@ def _in_folder(
             folder.mkdir(parents=True, exist_ok=True)
             _fill(folder, source, recipe, max_rows, num_proc, progress)
         except OSError as error:
-            # Arrow's own words for a full disk are longer.
-            reason = os.strerror(error.errno) if error.errno else error
             raise CacheError(
-                f"cache_dir: {folder} cannot be written ({reason}); free some "
+                f"cache_dir: {folder} cannot be written ({error.strerror or error}); free some "
                 "space, or give another --cache_dir. Finished shards stay, and the next run goes "
                 "on after them"
             ) from error

@@ -20,7 +20,7 @@ Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
 def resolve_precision(choice: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """bf16 products where the device has them in hardware, else fp32; a choice is taken as it is."""
+    """bf16 products where the device has them in hardware, else fp32; a choice stays as it is."""
     if choice != "auto":
         return choice
     return "bf16" if multiplies_bf16() else "fp32"

@@ -75,7 +75,11 @@ def _look_for_data(config: ExperimentConfig, findings: Findings) -> None:
 
 
 def _describe_data(pairs: Pairs) -> list[str]:
-    return [describe_counts(pairs.train), *map(describe_counts, pairs.held_out.values())]
+    held_out = [
+        f"held out{label and f' ({label})'}: {describe_counts(dataset)}"
+        for label, dataset in pairs.held_out.items()
+    ]
+    return [describe_counts(pairs.train), *held_out]
 
 
 def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
@@ -109,5 +113,5 @@ def _describe_machine(config: ExperimentConfig, start: RunStart) -> list[str]:
         *slow_settings(config, config.mixed_precision),
         f"output_dir: {start.folder.root} ({start.kind}), "
         f"{shutil.disk_usage(writable).free / 2**30:.1f} GiB free",
-        "check passed: nothing was loaded or written",
+        "check passed: no weights were loaded, nothing but the cache was written",
     ]
