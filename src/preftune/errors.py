@@ -69,7 +69,7 @@ class Findings:
     Example:
         >>> findings = Findings()
         >>> for name in names:
-        ...     with findings:  # a PreftuneError ends this block only
+        ...     with findings:  # wrong input ends this block only
         ...         sources.append(open_source(name))
         >>> findings.raise_all()
     """
@@ -82,8 +82,8 @@ class Findings:
         """Begin a part."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Keep what the part found wrong, and go on after it."""
-        if isinstance(error, PreftuneError):
+        """Keep what the part found wrong with the user's input, and go on after it."""
+        if isinstance(error, PreftuneError) and error.exit_code == ConfigError.exit_code:
             self.errors.append(error)
             return True
         return False

@@ -50,6 +50,8 @@ class Mistake:
     """Text, bytes, rows of a .jsonl file, or a function of the folder; None deletes."""
     device: Mapping[str, Any] = field(default_factory=lambda: NO_GPU)
     """What torch says of the machine."""
+    packages: tuple[str, ...] = ()
+    """What is installed for attention."""
     cut: str = r"$^"
     """What a library says in its own words, which change from version to version."""
 
@@ -248,6 +250,9 @@ MISTAKES = {
     "flash attention without its package": Mistake(
         {"attn_implementation": "flash_attention_2", "mixed_precision": "bf16"}, device=NEW_GPU
     ),
+    "flash attention for fp32 products": Mistake(
+        {"attn_implementation": "flash_attention_2"}, device=NEW_GPU, packages=("flash_attn",)
+    ),
     "bf16 products on a GPU without them": Mistake({"mixed_precision": "bf16"}, device=OLD_GPU),
     "bf16 weights on a GPU without bf16": Mistake({"dtype": "bfloat16"}, device=OLD_GPU),
     # ---- folders
@@ -381,7 +386,8 @@ def test_a_mistake(name, root, capsys, monkeypatch):
     mistake = MISTAKES[name]
     for function, value in mistake.device.items():
         monkeypatch.setattr(torch.cuda, function, lambda value=value, **_: value)
-    monkeypatch.setattr(preflight, "find_spec", lambda package: None)
+    installed = {package: object() for package in mistake.packages}
+    monkeypatch.setattr(preflight, "find_spec", installed.get)
     make_files(root, mistake.files)
     said = {command: said_by(command, mistake, root, capsys) for command in ("check", "train")}
     if said["check"] == said["train"]:
