@@ -43,8 +43,8 @@ MEANING: dict[DropReason, str] = {
         "writes the conversation differently once it is answered"
     ),
     DropReason.PROMPT_REPEATED: (
-        "an answer begins with the prompt again, or with another message of the user's, and the "
-        "question would stand there twice: take it out of the answers, or leave out the prompt"
+        "both answers begin with the whole text of the prompt, which would stand there twice: take "
+        "it out of the answers"
     ),
     DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",
     DropReason.STOP_TOKEN_INSIDE: "an answer holds the stop token before its end",

@@ -10,29 +10,30 @@ from preftune.schema import Example, Message, Text
 def read_prompt_pair(row: Row) -> Example | Dropped:
     """Read a row that has a prompt column.
 
-    A prompt and answers that are all text stay text. Where the answers are messages, a text prompt
-    is the user's message. Answers that repeat the prompt's messages (ultrafeedback_binarized's
-    layout) are taken without the repeat; what repeats it otherwise would train on a doubled prompt.
+    A prompt and answers that are all text stay text; answers of text that both repeat the prompt
+    would train on a doubled one. Where an answer is messages, a text prompt is the user's message
+    and a text answer the assistant's. Answers that repeat the prompt's messages
+    (ultrafeedback_binarized's layout) are taken without the repeat.
 
     Example:
         `{"prompt": "Hi", "chosen": [user "Hi", assistant "Hello"], "rejected": [...]}` gives the
         prompt `[user "Hi"]` and the answers `[assistant "Hello"]`, `[...]`.
 
     Raises:
-        DataError: a column is missing or of the wrong type, or an answer is text where other
-            columns are messages, so that nothing says whether it holds a header.
+        DataError: a column is missing or of the wrong type, or an answer is text where the prompt
+            is messages, so that nothing says whether the answer holds a header.
     """
     prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
     tools = row.tools()
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt.strip() and all(text.startswith(prompt) for text in (chosen, rejected)):
-            return Dropped(row.row_id, DropReason.PROMPT_REPEATED)
         if tools:
             raise row.error(
                 "column 'tools' has tools, but the row is plain text and no chat template is "
                 "applied to it",
                 "write the prompt as messages, or remove the tools",
             )
+        if prompt.strip() and all(_goes_on(text, prompt) for text in (chosen, rejected)):
+            return Dropped(row.row_id, DropReason.PROMPT_REPEATED)
         return Example(
             row_id=row.row_id,
             prompt=prompt,
@@ -40,20 +41,18 @@ def read_prompt_pair(row: Row) -> Example | Dropped:
             roles=("chosen", "rejected"),
             source=row.source(),
         )
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        kinds = ["text" if isinstance(x, str) else "messages" for x in (prompt, chosen, rejected)]
+    if not isinstance(prompt, str) and (isinstance(chosen, str) or isinstance(rejected, str)):
+        name = "chosen" if isinstance(chosen, str) else "rejected"
         raise row.error(
-            f"'prompt' is {kinds[0]}, 'chosen' {kinds[1]} and 'rejected' {kinds[2]}",
-            'write answers to messages as messages, too: [{"role": "assistant", "content": …}]',
+            f"'prompt' is messages and {name!r} is text",
+            'write answers to messages as messages: [{"role": "assistant", "content": …}]',
         )
-    messages = _prompt_messages(prompt, (chosen, rejected))
-    answers = tuple(_without_repeat(messages, answer) for answer in (chosen, rejected))
-    if any(_repeats(messages, answer) for answer in answers):
-        return Dropped(row.row_id, DropReason.PROMPT_REPEATED)
+    answers = (_as_messages(chosen, "assistant"), _as_messages(rejected, "assistant"))
+    messages = _prompt_messages(prompt, answers)
     return Example(
         row_id=row.row_id,
         prompt=messages,
-        completions=answers,
+        completions=tuple(_without_repeat(messages, answer) for answer in answers),
         roles=("chosen", "rejected"),
         source=row.source(),
         tools=tools,
@@ -68,8 +67,16 @@ def common_prefix(a: list[Any], b: list[Any]) -> list[Any]:
     return a[:length]
 
 
+def _goes_on(text: str, prompt: str) -> bool:
+    return len(text) > len(prompt) and text.startswith(prompt)
+
+
+def _as_messages(text: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
 def _prompt_messages(prompt: Text, answers: tuple[list[Message], ...]) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = _as_messages(prompt, "user")
     if isinstance(prompt, str):
         # Full conversations may open with a system message that the prompt column does not hold.
         shared = common_prefix(*answers)
@@ -83,10 +90,3 @@ def _without_repeat(prompt: list[Message], answer: list[Message]) -> list[Messag
     if prompt and answer[: len(prompt)] == prompt:
         return answer[len(prompt) :]
     return answer
-
-
-def _repeats(prompt: list[Message], answer: list[Message]) -> bool:
-    """Whether an answer to the user begins with the user, or with a system message, once more."""
-    asked = bool(prompt) and prompt[-1]["role"] == "user"
-    # A single message is no repeat: the last one is not the assistant's, which is told elsewhere.
-    return asked and len(answer) > 1 and answer[0]["role"] in ("user", "system")
