@@ -20,9 +20,9 @@ from preftune.data.table import (
     make_table,
 )
 from preftune.data.tokenized import Progress, Recipe, Tokenized, tokenize_source
-from preftune.data.transforms import load_transforms
+from preftune.data.transforms import RowTransforms, load_transforms
 from preftune.data.truncate import Limits
-from preftune.errors import ConfigError, DataError
+from preftune.errors import ConfigError, DataError, Findings
 from preftune.schema import TokenizedExample
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def load_pairs(
 
     Raises:
         DataError: a source or a row cannot be read, too many rows are untrainable, or none is
-            left.
+            left; of a mix, what is wrong with each source.
         ConfigError: a limit that leaves no room for a row, or an unknown transform.
         CacheError: the cache cannot be written or read.
     """
@@ -170,11 +170,12 @@ def load_pairs(
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
     wanted = [(sources, None)] if isinstance(sources, str) else list(sources)
-    recipe = Recipe(tokenizer, dict(column_map or {}), load_transforms(transforms))
-    opened = [open_source(name, split) for name, _ in wanted]
+    opened, row_functions = _open_all([name for name, _ in wanted], split, transforms)
+    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions)
     totals = [source.total for source in opened]
     total = None if None in totals or max_rows is not None else sum(t or 0 for t in totals)
     parts: list[_Part] = []
+    findings = Findings()
     num_done = 0
     for source, (_, amount) in zip(opened, wanted, strict=True):
 
@@ -182,18 +183,35 @@ def load_pairs(
             if progress is not None:
                 progress(before + num_rows, total)
 
-        tokenized = tokenize_source(
-            source,
-            recipe,
-            cache=cache,
-            hub=hub,
-            max_rows=max_rows,
-            num_proc=num_proc,
-            progress=report,
-        )
-        num_done += len(tokenized.table)
-        parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
+        with findings:
+            tokenized = tokenize_source(
+                source,
+                recipe,
+                cache=cache,
+                hub=hub,
+                max_rows=max_rows,
+                num_proc=num_proc,
+                progress=report,
+            )
+            num_done += len(tokenized.table)
+            parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
+    findings.raise_all()
     return _mixed(parts, limits)
+
+
+def _open_all(
+    names: Sequence[str], split: str, transforms: Sequence[str]
+) -> tuple[list[Source], RowTransforms]:
+    """Find what is named; all that is absent is told at once."""
+    findings = Findings()
+    found, opened = RowTransforms(()), []
+    with findings:
+        found = load_transforms(transforms)
+    for name in names:
+        with findings:
+            opened.append(open_source(name, split))
+    findings.raise_all()
+    return opened, found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from preftune.data.hub_cache import HubCache
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
 from preftune.data.splits import shares_prompt, split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.training.run_folder import check_writable
@@ -61,15 +61,7 @@ def read_experiment_pairs(
     No prompt is on both sides: `test_size` splits by prompt, and rows whose prompt stands in
     `eval_dataset` are left out of training.
     """
-    train = load_dataset_pairs(
-        config,
-        tokenizer,
-        display,
-        config.sources,
-        config.dataset_split,
-        max_rows=config.max_train_samples,
-        seed=config.seed,
-    )
+    train, held_out = _load_all(config, tokenizer, display)
     if config.test_size is not None:
         shared = train.examples[:0]
         train, test = split_by_prompt(train, config.test_size, config.seed)
@@ -79,11 +71,6 @@ def read_experiment_pairs(
             f"{len(test.examples)} held out"
         )
     else:
-        split = config.eval_split or "test"
-        held_out = {
-            label: load_dataset_pairs(config, tokenizer, display, [(name, None)], split)
-            for label, name in config.eval_sources.items()
-        }
         others = list(held_out.values())
         shared = train.examples.take(np.flatnonzero(shares_prompt(train, others)))
         train = without_prompts_of(train, others)
@@ -120,6 +107,32 @@ def prepare_data(config: ExperimentConfig) -> str:
         for dataset in (pairs.train, *held_out)
     ]
     return "\n".join([*lines, f"tokens are in {cache / 'datasets'}"])
+
+
+def _load_all(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
+) -> tuple[PairDataset, dict[str, PairDataset]]:
+    """The datasets as they are named; what is wrong with several is told at once."""
+    findings = Findings()
+    train, held_out = None, {}
+    with findings:
+        train = load_dataset_pairs(
+            config,
+            tokenizer,
+            display,
+            config.sources,
+            config.dataset_split,
+            max_rows=config.max_train_samples,
+            seed=config.seed,
+        )
+    for label, name in config.eval_sources.items():
+        with findings:
+            held_out[label] = load_dataset_pairs(
+                config, tokenizer, display, [(name, None)], config.eval_split or "test"
+            )
+    findings.raise_all()
+    assert train is not None  # or there was a finding
+    return train, held_out
 
 
 def load_dataset_pairs(
