@@ -1,7 +1,7 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
 from preftune.tracking.progress import ProgressDisplay
-from preftune.tracking.tracker import check_trackers
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.run_folder import RunFolder
