@@ -6,12 +6,6 @@ class PreftuneError(Exception):
 
     exit_code = 1
 
-
-class ConfigError(PreftuneError):
-    """The configuration cannot be run; holds every problem found, not only the first."""
-
-    exit_code = 2
-
     def __init__(self, problems: list[str] | str) -> None:
         """Keep the problems and join them into one message.
 
@@ -22,8 +16,15 @@ class ConfigError(PreftuneError):
         if len(self.problems) == 1:
             text = self.problems[0]
         else:
-            text = f"{len(self.problems)} problems:\n" + "\n".join(f"- {p}" for p in self.problems)
+            lines = [f"- {problem}".replace("\n", "\n  ") for problem in self.problems]
+            text = "\n".join([f"{len(lines)} problems:", *lines])
         super().__init__(text)
+
+
+class ConfigError(PreftuneError):
+    """The configuration cannot be run; holds every problem found, not only the first."""
+
+    exit_code = 2
 
 
 class DataError(PreftuneError):
@@ -60,3 +61,45 @@ class Interrupted(PreftuneError):
     """A signal stopped the run after it saved a checkpoint; the same command goes on."""
 
     exit_code = 75
+
+
+class Findings:
+    """What parts that do not need each other find wrong, to be told all at once.
+
+    Example:
+        >>> findings = Findings()
+        >>> for name in names:
+        ...     with findings:  # wrong input ends this block only
+        ...         sources.append(open_source(name))
+        >>> findings.raise_all()
+    """
+
+    def __init__(self) -> None:
+        """Nothing is wrong yet."""
+        self.errors: list[PreftuneError] = []
+
+    def __enter__(self) -> None:
+        """Begin a part."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Keep what the part found wrong with the user's input, and go on after it."""
+        if isinstance(error, PreftuneError) and error.exit_code == ConfigError.exit_code:
+            self.errors.append(error)
+            return True
+        return False
+
+    def raise_all(self) -> None:
+        """Raise what was found, if anything; what two parts found is told once.
+
+        Raises:
+            PreftuneError: the error itself where there is one; else one that holds all, a
+                ConfigError unless all are of one class.
+        """
+        if not self.errors:
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        problems = dict.fromkeys(problem for error in self.errors for problem in error.problems)
+        kinds = {type(error) for error in self.errors}
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind(list(problems)) from self.errors[0]

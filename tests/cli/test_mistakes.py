@@ -1,190 +1,498 @@
-"""The commonest mistakes: exit 2, one message with key or row, value and remedy, nothing harmed."""
+"""The commonest mistakes: exit 2, key or row, value and remedy, nothing loaded, nothing changed.
+
+What `check` and `train` say of each is kept in mistakes.txt. After a message was changed on
+purpose, write it anew and read the difference:
+
+    PREFTUNE_WRITE_MISTAKES=1 python -m pytest tests/cli/test_mistakes.py
+"""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from preftune.cli.main import main
-from tests.runs import arguments, tiny_settings
-from tests.tiny import chat_row, make_pairs, write_jsonl
+from preftune.recipes import preflight
+from tests.runs import arguments, tiny_config, tiny_settings
+from tests.tiny import chat_row, make_pairs
+
+SNAPSHOTS = Path(__file__).with_name("mistakes.txt")
+LEFT_OUT = object()
+"""Stands for an option that is not given."""
+
+SIDES = ("chosen", "rejected")
+TEXT_PAIRS = make_pairs(10, chat=False)
+NO_STOP_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '### ' + m['role'] + '\n' + m['content'] + '\n#END#\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
 
 
-@pytest.fixture
-def settings(tmp_path):
-    return tiny_settings(tmp_path, test_size=4, num_epochs=1.0)
+@dataclass(frozen=True)
+class Mistake:
+    """Files to make, and what is typed."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Besides those of a run that works, or in their place."""
+    words: tuple[str, ...] = ()
+    """In front of the options."""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """Text, bytes, rows of a .jsonl file, or a function of the folder; None deletes."""
+    device: Mapping[str, Any] = field(default_factory=lambda: NO_GPU)
+    """What torch says of the machine."""
+    packages: tuple[str, ...] = ()
+    """What is installed for attention."""
+    cut: str = r"$^"
+    """What a library says in its own words, which change from version to version."""
 
 
-def snapshot(root: Path) -> dict[str, bytes]:
-    """Every file outside the cache, with its content."""
-    files = (p for p in root.rglob("*") if p.is_file())
-    return {str(p): p.read_bytes() for p in files if "cache" not in p.parts}
+NO_GPU = {"is_available": False}
+OLD_GPU = {"is_available": True, "is_bf16_supported": False}
+NEW_GPU = {"is_available": True, "is_bf16_supported": True}
 
 
-def fails(capsys, tmp_path, words: list[str], *expected: str) -> None:
-    before = snapshot(tmp_path)
-    for command in ("check", "train"):
-        assert main([command, *words]) == 2
-        error = capsys.readouterr().err
-        # Counts and notes of reading may come before; the error is one message at the end.
-        assert error.count("preftune: error:") == 1
-        assert "Traceback" not in error
-        for text in expected:
-            assert text in error, error
-    assert snapshot(tmp_path) == before
+def given(*words: str, **options: Any) -> Mistake:
+    return Mistake(options, words)
 
 
-def rows_with(number: int, **columns) -> list[dict]:
+def in_file(text: str, **options: Any) -> Mistake:
+    return Mistake(options, ("c.yaml",), {"c.yaml": text})
+
+
+def with_data(rows: Any, name: str = "d.jsonl", **options: Any) -> Mistake:
+    return Mistake({"dataset_name": name} | options, (), {name: rows})
+
+
+def rows_with(number: int, **columns: Any) -> list[dict[str, Any]]:
     rows = make_pairs(10, seed=0)
     rows[number - 1] |= columns
     return rows
 
 
-def test_flag_typo(capsys, tmp_path, settings):
-    words = [*arguments(settings), "--learning_rat", "1e-4"]
-    fails(capsys, tmp_path, words, "--learning_rat is not an option", "--learning_rate")
+def manifest(**changes: Any) -> Callable[[Path], str]:
+    """The run.json of a run that has begun, with other settings."""
+
+    def write(root: Path) -> str:
+        config = tiny_config(root, **changes).to_dict()
+        return json.dumps({"made_by": "preftune", "status": "running", "config": config})
+
+    return write
 
 
-def test_yaml_key_typo(capsys, tmp_path, settings):
-    file = tmp_path / "c.yaml"
-    file.write_text("seed: 1\nlearning_rte: 1.0e-4\n")
-    words = [str(file), *arguments(settings)]
-    fails(capsys, tmp_path, words, "c.yaml line 2", "learning_rte", "learning_rate")
+def changed_json(name: str, **changes: Any) -> Callable[[Path], str]:
+    return lambda root: json.dumps(json.loads((root / name).read_text()) | changes)
 
 
-def test_wrong_enum(capsys, tmp_path, settings):
-    words = arguments(settings | {"loss_type": "sigmod"})
-    fails(capsys, tmp_path, words, "loss_type is", "sigmod", "dpo_norm")
-
-
-def test_beta_zero(capsys, tmp_path, settings):
-    fails(capsys, tmp_path, arguments(settings | {"beta": 0}), "beta is 0", "above 0")
-
-
-def test_negative_learning_rate(capsys, tmp_path, settings):
-    words = arguments(settings | {"learning_rate": -1e-5})
-    fails(capsys, tmp_path, words, "learning_rate is -1e-05", "above 0")
-
-
-def test_missing_file(capsys, tmp_path, settings):
-    words = arguments(settings | {"dataset_name": tmp_path / "absent.jsonl"})
-    fails(capsys, tmp_path, words, "absent.jsonl", "no such")
-
-
-def test_empty_file(capsys, tmp_path, settings):
-    (tmp_path / "empty.jsonl").write_text("")
-    words = arguments(settings | {"dataset_name": tmp_path / "empty.jsonl"})
-    fails(capsys, tmp_path, words, "empty.jsonl", "no rows")
-
-
-def test_broken_json_on_line_7(capsys, tmp_path, settings):
-    file = write_jsonl(tmp_path / "broken.jsonl", make_pairs(10))
-    lines = file.read_text().splitlines()
+def broken_line(root: Path) -> str:
+    lines = [json.dumps(row) for row in make_pairs(10)]
     lines[6] = lines[6][:-1]
-    file.write_text("\n".join(lines))
-    words = arguments(settings | {"dataset_name": file})
-    fails(capsys, tmp_path, words, "broken.jsonl:7", "not valid JSON")
+    return "\n".join(lines)
 
 
-def test_missing_column(capsys, tmp_path, settings):
-    names = {"prompt": "prompt", "chosen": "good", "rejected": "bad"}
-    rows = [{names[key]: value for key, value in row.items()} for row in make_pairs(3)]
-    file = write_jsonl(tmp_path / "columns.jsonl", rows)
-    words = arguments(settings | {"dataset_name": file})
-    fails(capsys, tmp_path, words, "columns.jsonl:1", "chosen", "good", "column_map")
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
-def test_number_where_text_belongs(capsys, tmp_path, settings):
-    file = write_jsonl(tmp_path / "typed.jsonl", rows_with(4, chosen=17))
-    words = arguments(settings | {"dataset_name": file})
-    fails(capsys, tmp_path, words, "typed.jsonl:4", "chosen", "17")
+MISTAKES = {
+    # ---- options, on the command line and in the file
+    "a typo in a flag": given("--learning_rat", "1e-4"),
+    "a flag abbreviated": given("--grad", "2"),
+    "a typo in a key of the file": in_file("seed: 1\nlearning_rte: 1.0e-4\n"),
+    "a flag given twice": given("--beta", "0.1", "--beta", "0.2"),
+    "a flag without its value": given("--beta"),
+    "a key given twice": in_file("seed: 1\nbeta: 0.1\nseed: 2\n"),
+    "a wrong word": given(loss_type="sigmod"),
+    "a word that is no boolean": given(shuffle="maybe"),
+    "beta 0": given(beta=0),
+    "a negative learning rate": given(learning_rate=-1e-5),
+    "a number with a letter behind it": given(learning_rate="5e-7x"),
+    "not a number": in_file("beta: .nan\n"),
+    "infinity": in_file("max_grad_norm: .inf\n"),
+    "an unquoted no that means nothing": in_file("save_dtype: no\n"),
+    "a fraction of a step": given(max_train_steps=2.5, num_epochs=LEFT_OUT),
+    "no processes": given(num_proc=0),
+    "a negative seed": given(seed=-1),
+    "a tracker that does not exist": given(report_to="tensorbord"),
+    "an unknown preset": given(preset="zephir"),
+    "the file of a newer preftune": in_file("preftune_version: 99.1.0\nbeta: 0.1\n"),
+    "a folder for a config file": given("model"),
+    "an absent config file": given("absent.yaml"),
+    "two config files": Mistake({}, ("a.yaml", "b.yaml"), {"a.yaml": "", "b.yaml": ""}),
+    "a file that is not YAML": Mistake(
+        {}, ("c.yaml",), {"c.yaml": "seed: 1\nrun_name: a: b\n"}, cut=r"(?<=YAML: )[^;]*"
+    ),
+    "a file that is no mapping": in_file("- seed: 1\n"),
+    # ---- settings that contradict each other
+    "eval_steps 1.0": given(eval_steps=1.0),
+    "evaluation without data": given(eval_steps=5, test_size=LEFT_OUT),
+    "both epochs and steps": given(max_train_steps=5),
+    "both warm-ups": given(warmup_ratio=0.1, warmup_steps=5),
+    "a warm-up as long as the run": given(warmup_steps=100),
+    "a knob of another loss": given(gamma_beta_ratio=0.5),
+    "a weight of wpo with simpo": given(loss_type="simpo", wpo_alignment="none"),
+    "a reference with simpo": given(loss_type="simpo", reference_model_name_or_path="model"),
+    "layouts that contradict": given(concatenated_forward="true", forward_layout="separate"),
+    "a prompt longer than the whole": given(max_length=64, max_prompt_length=128),
+    "use_cache with checkpointing": given(use_cache="true", gradient_checkpointing="true"),
+    "nothing to fill the cache with": given(cache_dataset_only="true", dataset_cache_mode="off"),
+    # ---- which data
+    "two data sources": given(dataset_mixer="{pairs.jsonl: 1.0}"),
+    "no data source": given(dataset_name=LEFT_OUT),
+    "an amount of 0": given(dataset_name=LEFT_OUT, dataset_mixer="{pairs.jsonl: 0}"),
+    "an amount of -1": given(dataset_name=LEFT_OUT, dataset_mixer_list="[pairs.jsonl, -1]"),
+    "a list without its last amount": given(
+        dataset_name=LEFT_OUT, dataset_mixer_list="[pairs.jsonl, 0.5, other.jsonl]"
+    ),
+    "absent sources of a mix": given(
+        dataset_name=LEFT_OUT,
+        dataset_mixer="{pairs.jsonl: 0.5, absent.jsonl: 0.5, ./gone: 10}",
+    ),
+    "an absent file": given(dataset_name="absent.jsonl"),
+    "an absent file to evaluate on": given(test_size=LEFT_OUT, eval_dataset="absent.jsonl"),
+    "a dataset of the Hub without a network": given(dataset_name="nobody/pairs"),
+    "a kind of file that is not read": with_data("a line", name="d.txt"),
+    "a folder without data": with_data("a line", name="d/notes.txt", dataset_name="d"),
+    "a folder without the split": with_data(make_pairs(3), name="d/test.jsonl", dataset_name="d"),
+    "a split of one file": given(dataset_split="validation"),
+    "a label with a slash": given(test_size=LEFT_OUT, eval_dataset="{a/b: pairs.jsonl}"),
+    "everything held out": given(test_size=21),
+    "a test_size of 1.0": given(test_size=1.0),
+    # ---- rows
+    "an empty file": with_data(""),
+    "broken JSON on line 7": Mistake(
+        {"dataset_name": "d.jsonl"}, (), {"d.jsonl": broken_line}, cut=r"(?<=JSON \()[^)]*\)"
+    ),
+    "text that is not UTF-8": with_data('{"prompt": "caf\xe9"}\n'.encode("latin-1")),
+    "a missing column": with_data(
+        [{"prompt": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in TEXT_PAIRS]
+    ),
+    "a column map of an absent column": given(column_map="{chosen: good}"),
+    "a column map of an unknown column": given(column_map="{chosn: good}"),
+    "a number where text belongs": with_data(rows_with(4, chosen=17)),
+    "messages in ShareGPT's layout": with_data(
+        rows_with(1, prompt=[{"from": "human", "value": "q"}])
+    ),
+    "equal answers": with_data(rows_with(2, **chat_row("q", "same", "same"))),
+    "an empty answer": with_data(rows_with(3, chosen=[{"role": "assistant", "content": " "}])),
+    "a prompt of messages, answers of text": with_data(rows_with(5, chosen="Yes.", rejected="No.")),
+    "a last message that is not the assistant's": with_data(rows_with(6, chosen=[user("Yes.")])),
+    "a text prompt that the answers repeat": with_data(
+        [{k: v if k == "prompt" else r["prompt"] + v for k, v in r.items()} for r in TEXT_PAIRS]
+    ),
+    "a prompt that the answers repeat without its system message": with_data(
+        [
+            {"prompt": [{"role": "system", "content": "s"}, *row["prompt"]]}
+            | {side: row["prompt"] + row[side] for side in SIDES}
+            for row in make_pairs(10)
+        ]
+    ),
+    "a text prompt that ends in a space": with_data(
+        [
+            {"prompt": row["prompt"] + " "} | {side: " " + row[side] for side in SIDES}
+            for row in TEXT_PAIRS
+        ]
+    ),
+    "all rows over length": given(max_length=5),
+    "rows longer than the model's positions": with_data(
+        [*make_pairs(8), *make_pairs(1, completion_words=(600, 600))]
+    ),
+    # ---- transforms
+    "an unknown transform": given(dataset_transforms="[strip_blanks]"),
+    "a transform of an absent module": given(dataset_transforms="[no_such_rows:clean]"),
+    "a transform that returns nothing": Mistake(
+        {"dataset_transforms": "[mistaken_rows:forgets]"},
+        (),
+        {"mistaken_rows.py": "def forgets(row):\n    row['prompt'] = 'x'\n"},
+    ),
+    # ---- model, tokenizer and template
+    "a wrong path of the model": given(model_name_or_path="./no/such/model"),
+    "no model": given(model_name_or_path=LEFT_OUT),
+    "a model folder without weights": Mistake(files={"model/model.safetensors": None}),
+    "a model folder without its config": Mistake(files={"model/config.json": None}),
+    "a model whose config is broken": Mistake(
+        files={"model/config.json": "{"}, cut=r"(?<=loaded \().*(?=\); check)"
+    ),
+    "a model of the Hub without a network": Mistake(
+        {"model_name_or_path": "nobody/model"}, cut=r"(?<=loaded \().*(?=\); check)"
+    ),
+    "a revision of a folder": given(model_revision="main"),
+    "a revision of no tokenizer": given(tokenizer_revision="main"),
+    "an absent tokenizer": Mistake(
+        {"tokenizer_name_or_path": "./absent"}, cut=r"(?<=loaded \().*(?=\); check)"
+    ),
+    "a tokenizer of another model": Mistake(
+        files={"model/config.json": changed_json("model/config.json", vocab_size=200)}
+    ),
+    "an unknown template": given(chat_template="chatlm"),
+    "a template in an absent file": given(chat_template="./absent.jinja"),
+    "a template without a stop token": Mistake(
+        {"chat_template": "t.jinja"}, (), {"t.jinja": NO_STOP_TEMPLATE}
+    ),
+    "a template that fails": Mistake(
+        {"chat_template": "t.jinja"},
+        (),
+        {"t.jinja": "{{ raise_exception('not today') }}"},
+    ),
+    "messages without a template": Mistake(files={"model/chat_template.jinja": None}),
+    "a template for plain text": with_data(TEXT_PAIRS, chat_template="chatml"),
+    # ---- the device
+    "flash attention without a GPU": given(attn_implementation="flash_attention_2"),
+    "flash attention without its package": Mistake(
+        {"attn_implementation": "flash_attention_2", "mixed_precision": "bf16"}, device=NEW_GPU
+    ),
+    "flash attention for fp32 products": Mistake(
+        {"attn_implementation": "flash_attention_2"}, device=NEW_GPU, packages=("flash_attn",)
+    ),
+    "bf16 products on a GPU without them": Mistake({"mixed_precision": "bf16"}, device=OLD_GPU),
+    "bf16 weights on a GPU without bf16": Mistake({"dtype": "bfloat16"}, device=OLD_GPU),
+    # ---- folders
+    "a foreign output_dir": Mistake(files={"run/thesis.tex": "years of work"}),
+    "another configuration in output_dir": Mistake(
+        {"learning_rate": 5e-4, "beta": 0.3},
+        (),
+        {"run/run.json": manifest(test_size=4, num_epochs=1.0)},
+    ),
+    "a manifest of something else": Mistake(files={"run/run.json": '{"name": "another tool"}'}),
+    "resume never in a folder with a run": Mistake(
+        {"resume": "never"}, (), {"run/run.json": manifest()}
+    ),
+    "an absent checkpoint": given(resume="./nowhere"),
+    "a file for a cache": Mistake({"cache_dir": "c"}, (), {"c": ""}),
+    # ---- several at once
+    "three in the file and two on the command line": Mistake(
+        {"beta": -1, "resum": "auto"},
+        ("c.yaml",),
+        {"c.yaml": "learning_rte: 1\noptimizer: adam\nmax_length: 0\n"},
+    ),
+    "folders, device, template and data": Mistake(
+        {
+            "attn_implementation": "flash_attention_2",
+            "chat_template": "./absent.jinja",
+            "cache_dir": "c",
+            "dataset_name": LEFT_OUT,
+            "dataset_mixer": "{absent.jsonl: 0.5, gone.csv: 10}",
+        },
+        (),
+        {"run/thesis.tex": "years of work", "c": ""},
+    ),
+    "rows of several sources": Mistake(
+        {
+            "dataset_name": LEFT_OUT,
+            "dataset_mixer": "{a.jsonl: 1.0, pairs.jsonl: 1.0, b.jsonl: 3}",
+            "test_size": LEFT_OUT,
+            "eval_dataset": "{held: c.jsonl, gone: absent.jsonl}",
+        },
+        (),
+        {
+            "a.jsonl": rows_with(4, chosen=17),
+            "b.jsonl": rows_with(2, **chat_row("q", "same", "same")),
+            "c.jsonl": "",
+        },
+    ),
+}
 
 
-def test_equal_answers_beyond_the_allowance(capsys, tmp_path, settings):
-    rows = rows_with(2, **{k: chat_row("q", "same", "same")[k] for k in ("chosen", "rejected")})
-    file = write_jsonl(tmp_path / "equal.jsonl", rows)
-    words = arguments(settings | {"dataset_name": file})
-    fails(capsys, tmp_path, words, "equal_completions", "equal.jsonl:2", "max_dropped_fraction")
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """The files of a run; its weights cannot be read, so whoever touches them fails."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    tiny_settings(folder)
+    (folder / "model" / "model.safetensors").write_bytes(b"not weights")
+    return folder
 
 
-def test_foreign_output_dir(capsys, tmp_path, settings):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    fails(capsys, tmp_path, arguments(settings), "output_dir", "thesis.tex", "new or empty")
+@pytest.fixture
+def root(template, tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "here"
+    shutil.copytree(template, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return folder
 
 
-def test_another_configuration_in_output_dir(capsys, tmp_path, settings):
-    assert main(["train", *arguments(settings)]) == 0
-    words = arguments(settings | {"learning_rate": 5e-4, "beta": 0.3})
-    fails(
-        capsys, tmp_path, words, "beta was 0.1, now 0.3", "learning_rate was 0.001", "--output_dir"
+def make_files(root: Path, files: Mapping[str, Any]) -> None:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, list):
+            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        else:
+            path.write_text(content(root) if callable(content) else content)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file with its content, without tokenised rows: that cache is there to be filled."""
+    files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in sorted(files.items())
+        if not name.startswith("cache/datasets/")
+    }
+
+
+def words_of(mistake: Mistake, root: Path) -> list[str]:
+    settings = tiny_settings(root, num_epochs=1.0, test_size=4) | dict(mistake.options)
+    given = {key: value for key, value in settings.items() if value is not LEFT_OUT}
+    return [*mistake.words, *arguments(given)]
+
+
+def said_by(command: str, mistake: Mistake, root: Path, capsys: Any) -> str:
+    """What a command says of a mistake, which may load and change nothing."""
+    before = tree(root)
+    code = main([command, *words_of(mistake, root)])
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("preftune: error: ")
+    assert "Traceback" not in err
+    assert tree(root) == before
+    return re.sub(mistake.cut, "…", err.replace(str(root), "<tmp>"))
+
+
+def sections(text: str) -> dict[str, str]:
+    """mistakes.txt as name -> message."""
+    parts = re.split(r"^=== (.*)\n", text, flags=re.M)
+    return dict(zip(parts[1::2], (part.rstrip("\n") + "\n" for part in parts[2::2]), strict=True))
+
+
+def compare(name: str, said: str) -> None:
+    stored = sections(SNAPSHOTS.read_text("utf-8")) if SNAPSHOTS.exists() else {}
+    if os.environ.get("PREFTUNE_WRITE_MISTAKES"):
+        stored[name] = said
+        order = [*MISTAKES, *CACHES]
+        lines = [f"=== {key}\n{stored[key]}\n" for key in order if key in stored]
+        SNAPSHOTS.write_text("".join(lines), "utf-8")
+    else:
+        assert said == stored[name]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake(name, root, capsys, monkeypatch):
+    mistake = MISTAKES[name]
+    for function, value in mistake.device.items():
+        monkeypatch.setattr(torch.cuda, function, lambda value=value, **_: value)
+    installed = {package: object() for package in mistake.packages}
+    monkeypatch.setattr(preflight, "find_spec", installed.get)
+    make_files(root, mistake.files)
+    said = {command: said_by(command, mistake, root, capsys) for command in ("check", "train")}
+    if said["check"] == said["train"]:
+        compare(name, said["check"])
+    else:
+        compare(name, f"check: {said['check']}train: {said['train']}")
+
+
+# ---------------------------------------------------------------- a cache that cannot be written
+
+CACHES = {
+    "a cache that is read-only": "ro,size=1m",
+    "a cache that is full in the middle": "size=64k",
+}
+"""Options of the file system that the cache is on: rights mean nothing to root."""
+
+IN_A_NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+BOTH_COMMANDS = (
+    "import sys; from preftune.cli.main import main; words = sys.argv[1:]; "
+    "print([main([command, *words]) for command in ('check', 'train')])"
+)
+
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    probe = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.skipif(not can_mount(), reason="this process may not mount a file system")
+def test_a_cache_that_cannot_be_written(name, root):
+    make_files(root, {"pairs.jsonl": make_pairs(200), "cache/.keep": ""})
+    script = f'mount -t tmpfs -o {CACHES[name]} tmpfs "$0" && exec "$@"'
+    words = words_of(Mistake(), root)
+    command = [*IN_A_NAMESPACE, "sh", "-c", script, str(root / "cache")]
+    before = tree(root)
+    result = subprocess.run(
+        [*command, sys.executable, "-c", BOTH_COMMANDS, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
+    assert result.stdout == "[2, 2]\n", result.stderr
+    assert "Traceback" not in result.stderr
+    assert tree(root) == before
+    said = result.stderr.replace(str(root), "<tmp>")
+    said = re.sub(r"(?<=datasets/)[0-9a-f]{32}", "<key>", said)
+    said = re.sub(r"(?<=written \().*(?=\); free)", "…", said)  # in Arrow's words
+    first, second = (part for part in said.split("preftune: error: ") if part)
+    assert first == second
+    compare(name, f"preftune: error: {first}")
 
 
-def test_model_folder_without_weights(capsys, tmp_path, settings):
-    (tmp_path / "hollow").mkdir()
-    config = (tmp_path / "model" / "config.json").read_text()
-    (tmp_path / "hollow" / "config.json").write_text(config)
-    words = arguments(settings | {"model_name_or_path": tmp_path / "hollow"})
-    fails(capsys, tmp_path, words, "model_name_or_path", "no weights", "*.safetensors")
+def test_no_stored_message_is_left_of_a_mistake_that_is_gone():
+    stored = sections(SNAPSHOTS.read_text("utf-8"))
+    assert list(stored) == [*MISTAKES, *CACHES]
+    assert "<tmp>" in str(stored)
+    assert "/tmp/" not in str(stored)
 
 
-def test_unknown_chat_template(capsys, tmp_path, settings):
-    words = arguments(settings | {"chat_template": "chatlm"})
-    fails(capsys, tmp_path, words, "chat_template", "chatlm", "chatml")
+# ---------------------------------------------------------------- what is no mistake, but is told
 
 
-def test_several_at_once_are_all_told(capsys, tmp_path, settings):
-    words = arguments(settings | {"beta": -1, "max_length": 0, "resume": "never"})
-    fails(capsys, tmp_path, words, "beta is -1", "max_length is 0")
+def test_5e_7_is_a_number_quoted_or_not(root, capsys):
+    for text in ("5e-7", "'5e-7'"):
+        make_files(root, {"c.yaml": f"learning_rate: {text}\n"})
+        settings = tiny_settings(root)
+        del settings["learning_rate"]
+        assert main(["check", "c.yaml", *arguments(settings)]) == 0
+        assert "learning_rate: 5.0e-07  # c.yaml line 1\n" in capsys.readouterr().out
 
 
-def test_an_absent_checkpoint(capsys, tmp_path, settings):
-    words = arguments(settings | {"resume": tmp_path / "nowhere"})
-    fails(capsys, tmp_path, words, "resume is", "nowhere", "no complete checkpoint")
-
-
-def test_never_refuses_a_folder_with_a_run(capsys, tmp_path, settings):
-    assert main(["train", *arguments(settings)]) == 0
-    words = arguments(settings | {"resume": "never"})
-    fails(capsys, tmp_path, words, "not empty", "--resume auto")
-
-
-def test_a_wrong_path_of_the_model(capsys, tmp_path, settings):
-    words = arguments(settings | {"model_name_or_path": "./no/such/model"})
-    fails(capsys, tmp_path, words, "model_name_or_path is './no/such/model'", "no such folder")
-
-
-def test_a_manifest_of_something_else(capsys, tmp_path, settings):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"name": "another tool"}))
-    fails(capsys, tmp_path, arguments(settings), "not written by preftune", "--output_dir")
-
-
-def test_rows_longer_than_the_models_positions(capsys, tmp_path, settings):
-    rows = [*make_pairs(8), *make_pairs(1, completion_words=(600, 600))]
-    file = write_jsonl(tmp_path / "long.jsonl", rows)
-    words = arguments(settings | {"dataset_name": file})
-    fails(capsys, tmp_path, words, "long.jsonl:9", "512 positions", "--max_length 512")
-
-
-def test_a_tokenizer_of_another_model(capsys, tmp_path, settings):
-    config_file = tmp_path / "model" / "config.json"
-    config = json.loads(config_file.read_text()) | {"vocab_size": 200}
-    config_file.write_text(json.dumps(config))
-    fails(capsys, tmp_path, arguments(settings), "only 200 tokens", "tokenizer_name_or_path")
-
-
-def test_a_chat_template_for_plain_text(capsys, tmp_path, settings):
-    file = write_jsonl(tmp_path / "text.jsonl", make_pairs(10, chat=False))
-    words = arguments(settings | {"dataset_name": file, "chat_template": "chatml"})
-    fails(capsys, tmp_path, words, "chat_template is 'chatml'", "plain text", "leave it out")
-
-
-def test_what_is_not_read_yet_is_said(capsys, tmp_path, settings):
-    rows = [row | {"weight": 2.0} for row in make_pairs(10, chat=False)]
-    file = write_jsonl(tmp_path / "text.jsonl", rows)
-    assert main(["check", *arguments(settings | {"dataset_name": file})]) == 0
+def test_what_is_not_read_yet_is_said(root, capsys):
+    make_files(root, {"text.jsonl": [row | {"weight": 2.0} for row in TEXT_PAIRS]})
+    options = {"dataset_name": "text.jsonl", "test_size": 4}
+    assert main(["check", *arguments(tiny_settings(root) | options)]) == 0
     printed = capsys.readouterr().out
     assert "6 are plain text, without a chat template" in printed
     assert "columns not read yet: weight" in printed
+
+
+def test_a_precision_that_the_cpu_computes_in_software_is_said_aloud(root, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    words = arguments(tiny_settings(root, mixed_precision="bf16", progress="plain"))
+    assert main(["check", *words]) == 0
+    told = "mixed_precision is 'bf16', which this CPU computes in software, far slower than fp32"
+    assert told in capsys.readouterr().out
+    assert main(["train", *words]) == 2  # the weights cannot be read
+    assert told in capsys.readouterr().err
+
+
+def test_check_prints_what_the_run_would_do(root, capsys):
+    settings = tiny_settings(root)
+    assert main(["check", *arguments(settings)]) == 0
+    printed = capsys.readouterr().out
+    assert "learning_rate: 0.001  # command line\n" in printed
+    assert "\nbeta: 0.1\n" in printed
+    defaults = printed.partition("defaults: ")[2].partition("pairs.jsonl:")[0]
+    assert "beta" in defaults
+    assert "learning_rate" not in defaults
+    assert "pairs a step: 8 = 4 x 2 accumulated x 1 processes\nsteps: 6 (3 an epoch)\n" in printed
+    tokens = re.search(r"tokens, as both sides are forwarded: (\d+) \((\d+) an epoch\)", printed)
+    assert tokens is not None
+    assert int(tokens[1]) == 2 * int(tokens[2])

@@ -7,7 +7,7 @@ from typing import Any
 
 from preftune import __version__
 from preftune.cli.options import wants_help
-from preftune.config.composed import VERSION_KEY, ComposedConfig, yaml_entry
+from preftune.config.composed import VERSION_KEY, yaml_entry
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.help import config_help
 from preftune.config.json_schema import json_schema
@@ -95,7 +95,7 @@ def diff(argv: Sequence[str]) -> str:
     )
 
 
-def annotated(parsed: Parsed[ComposedConfig]) -> str:
+def annotated(parsed: Parsed[Any]) -> str:
     """The configuration as YAML, with the place of each given value in a comment.
 
     Args:

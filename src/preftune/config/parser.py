@@ -237,4 +237,5 @@ def _located(found: Sequence[Problem], given: dict[str, Given]) -> list[str]:
 def _too_many_files(files: Sequence[str], allow_file: bool) -> str:
     if not allow_file:
         return f"command line: {files[0]!r} belongs to no option; options are --key value"
-    return f"command line: only one config file can be given, not {', '.join(files)}"
+    said = f"command line: only one config file can be given, not {', '.join(files)}"
+    return f"{said}; put all settings into one, or give those of the other as --key value"

@@ -41,9 +41,14 @@ def read_yaml(path: str) -> list[Entry]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: the config file cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"{path}: the config file cannot be read: {error.strerror}; "
+            "give the path of a YAML file"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the config file is not UTF-8 text: {error}") from error
+        raise ConfigError(
+            f"{path}: the config file is not UTF-8 text: {error}; save it as UTF-8"
+        ) from error
     root = _compose(text, path)
     if root is None:
         return []
@@ -74,17 +79,20 @@ def read_inline(text: str) -> Any:
 
 
 def _compose(text: str, path: str | None = None) -> yaml.Node | None:
-    place = ""
+    place = remedy = ""
+    if path is not None:
+        place = f"{path}: "
+        remedy = "; correct it there (text that holds `: ` or ` #` needs quotes)"
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        if path is not None:
-            mark = error.problem_mark or error.context_mark
-            place = f"{path} line {mark.line + 1}: " if mark else f"{path}: "
-        raise ConfigError(f"{place}not valid YAML: {error.problem}") from error
+        mark = error.problem_mark or error.context_mark
+        if path is not None and mark:
+            place = f"{path} line {mark.line + 1}: "
+        raise ConfigError(f"{place}not valid YAML: {error.problem}{remedy}") from error
     except yaml.YAMLError as error:  # characters that YAML does not allow; two lines of text
-        place = "" if path is None else f"{path}: "
-        raise ConfigError(f"{place}not valid YAML: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{place}not valid YAML: {problem}{remedy}") from error
 
 
 def _value(node: yaml.Node, depth: int = 0) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from preftune.data.hub_cache import HubCache
 from preftune.data.reasons import ASKED_FOR, MEANING, Dropped
-from preftune.data.sources import open_source
+from preftune.data.sources import Source, open_source
 from preftune.data.table import (
     TokenizedRow,
     TokenRows,
@@ -20,9 +20,9 @@ from preftune.data.table import (
     make_table,
 )
 from preftune.data.tokenized import Progress, Recipe, Tokenized, tokenize_source
-from preftune.data.transforms import load_transforms
+from preftune.data.transforms import RowTransforms, load_transforms
 from preftune.data.truncate import Limits
-from preftune.errors import ConfigError, DataError
+from preftune.errors import ConfigError, DataError, Findings
 from preftune.schema import TokenizedExample
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class PairDataset:
     """Columns with a meaning to preftune that this version does not read."""
     reused: bool = False
     """Whether all tokens came from the cache."""
+    opened: tuple[Source, ...] = ()
+    """The sources, which can be read again; empty for rows that were at hand."""
 
     @property
     def num_text_rows(self) -> int:
@@ -160,7 +162,7 @@ def load_pairs(
 
     Raises:
         DataError: a source or a row cannot be read, too many rows are untrainable, or none is
-            left.
+            left; of a mix, what is wrong with each source.
         ConfigError: a limit that leaves no room for a row, or an unknown transform.
         CacheError: the cache cannot be written or read.
     """
@@ -168,11 +170,12 @@ def load_pairs(
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
     wanted = [(sources, None)] if isinstance(sources, str) else list(sources)
-    recipe = Recipe(tokenizer, dict(column_map or {}), load_transforms(transforms))
-    opened = [open_source(name, split) for name, _ in wanted]
+    opened, row_functions = _open_all([name for name, _ in wanted], split, transforms)
+    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions)
     totals = [source.total for source in opened]
     total = None if None in totals or max_rows is not None else sum(t or 0 for t in totals)
     parts: list[_Part] = []
+    findings = Findings()
     num_done = 0
     for source, (_, amount) in zip(opened, wanted, strict=True):
 
@@ -180,18 +183,35 @@ def load_pairs(
             if progress is not None:
                 progress(before + num_rows, total)
 
-        tokenized = tokenize_source(
-            source,
-            recipe,
-            cache=cache,
-            hub=hub,
-            max_rows=max_rows,
-            num_proc=num_proc,
-            progress=report,
-        )
-        num_done += len(tokenized.table)
-        parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
+        with findings:
+            tokenized = tokenize_source(
+                source,
+                recipe,
+                cache=cache,
+                hub=hub,
+                max_rows=max_rows,
+                num_proc=num_proc,
+                progress=report,
+            )
+            num_done += len(tokenized.table)
+            parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
+    findings.raise_all()
     return _mixed(parts, limits)
+
+
+def _open_all(
+    names: Sequence[str], split: str, transforms: Sequence[str]
+) -> tuple[list[Source], RowTransforms]:
+    """Find what is named; all that is absent is told at once."""
+    findings = Findings()
+    found, opened = RowTransforms(()), []
+    with findings:
+        found = load_transforms(transforms)
+    for name in names:
+        with findings:
+            opened.append(open_source(name, split))
+    findings.raise_all()
+    return opened, found
 
 
 @dataclass(frozen=True)
@@ -263,6 +283,7 @@ def _mixed(parts: list[_Part], limits: Limits) -> PairDataset:
         copies=None if (copies == 1).all() else copies,
         unread_columns=tuple(sorted({c for p in parts for c in p.tokenized.unread_columns})),
         reused=all(part.tokenized.reused for part in parts),
+        opened=tuple(part.tokenized.source for part in parts),
     )
 
 

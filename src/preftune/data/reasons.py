@@ -11,6 +11,7 @@ class DropReason(StrEnum):
     EMPTY_COMPLETION = "empty_completion"
     EQUAL_COMPLETIONS = "equal_completions"
     NOT_A_PREFIX = "not_a_prefix"
+    PROMPT_REPEATED = "prompt_repeated"
     LAST_NOT_ASSISTANT = "last_not_assistant"
     STOP_TOKEN_INSIDE = "stop_token_inside"
     USER_TURN_IN_ANSWER = "user_turn_in_answer"
@@ -40,6 +41,10 @@ MEANING: dict[DropReason, str] = {
         "the prompt's tokens do not begin the sequence of prompt and answer: a text prompt that "
         "ends in a space, an answer that does not follow the prompt, or a chat template that "
         "writes the conversation differently once it is answered"
+    ),
+    DropReason.PROMPT_REPEATED: (
+        "both answers begin with the whole text of the prompt, which would stand there twice: take "
+        "it out of the answers"
     ),
     DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",
     DropReason.STOP_TOKEN_INSIDE: "an answer holds the stop token before its end",

@@ -70,9 +70,8 @@ def without_prompts_of(dataset: PairDataset, held_out: Sequence[PairDataset]) ->
     Raises:
         DataError: no row is left.
     """
-    keys = [other.examples.prompt_keys for other in held_out]
-    shared = np.isin(dataset.examples.prompt_keys, np.concatenate(keys)) if keys else None
-    if shared is None or not shared.any():
+    shared = shares_prompt(dataset, held_out)
+    if not shared.any():
         return dataset
     names = ", ".join(other.name for other in held_out)
     if shared.all():
@@ -84,6 +83,12 @@ def without_prompts_of(dataset: PairDataset, held_out: Sequence[PairDataset]) ->
     kept = _side(dataset, ~shared)
     dropped = kept.counts.dropped | {DropReason.PROMPT_HELD_OUT.value: int(shared.sum())}
     return replace(kept, counts=replace(kept.counts, dropped=dropped))
+
+
+def shares_prompt(dataset: PairDataset, others: Sequence[PairDataset]) -> np.ndarray:
+    """(rows,) Which rows have a prompt that one of `others` has."""
+    keys = [np.empty(0, np.uint64), *(other.examples.prompt_keys for other in others)]
+    return np.isin(dataset.examples.prompt_keys, np.concatenate(keys))
 
 
 def _target(name: str, test_size: float | int, rows: int) -> int:

@@ -107,6 +107,7 @@ class TokenRows(Sequence[TokenizedExample]):
         """
         starts = np.cumsum([0, *(len(table) for table in tables)])[:-1]
         self._table = pa.concat_tables(tables)
+        self._starts = starts
         self._positions = np.concatenate(
             [start + np.asarray(p, np.int64) for start, p in zip(starts, picks, strict=True)]
         )
@@ -134,12 +135,42 @@ class TokenRows(Sequence[TokenizedExample]):
         """One row, or a range of them that is not read yet."""
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        example = read_row(
-            self._table, int(self._positions[index]), self._names[self._origins[index]]
-        )
-        cut = truncate(example, self._limits)
+        cut = truncate(self.whole(index), self._limits)
         assert not isinstance(cut, Dropped), "rows that the limits drop are not picked"
         return cut
+
+    def whole(self, index: int) -> TokenizedExample:
+        """One row before any cut."""
+        return read_row(self._table, int(self._positions[index]), self._names[self._origins[index]])
+
+    def row_id(self, index: int) -> str:
+        """Id of one row, which is not read whole."""
+        return self._table.column("row_id")[int(self._positions[index])].as_py()
+
+    @property
+    def table(self) -> pa.Table:
+        """Every row that was read, dropped ones too, source after source."""
+        return self._table
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources."""
+        return self._names
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(sources,) Where the rows of each source start in `table`."""
+        return self._starts
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(rows,) Where each row stands in `table`."""
+        return self._positions
+
+    @property
+    def limits(self) -> Limits:
+        """Rows over them are cut."""
+        return self._limits
 
     @property
     def origins(self) -> np.ndarray:

@@ -44,10 +44,10 @@ def template_text(name: str) -> str:
 def _unknown(name: str) -> str:
     names = builtin_templates()
     near = difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"chat_template: {name!r} is neither a built-in template nor a file or folder; {hint}"
-        f"Built-in names are {', '.join(names)}; otherwise give the path of a .jinja file, or the "
+        f"chat_template: {name!r} is neither a built-in template nor a file or folder{hint}; "
+        f"built-in names are {', '.join(names)}; otherwise give the path of a .jinja file, or the "
         "folder or Hub id (owner/name) of a tokenizer that has a template"
     )
 

@@ -20,18 +20,22 @@ Precision: TypeAlias = Literal["fp32", "bf16"]
 
 
 def resolve_precision(choice: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """bf16 products where the device has them in hardware, else fp32; a choice is taken as it is.
+    """bf16 products where the device has them in hardware, else fp32; a choice stays as it is."""
+    if choice != "auto":
+        return choice
+    return "bf16" if multiplies_bf16() else "fp32"
+
+
+def multiplies_bf16() -> bool:
+    """Whether the device computes bf16 products in hardware.
 
     On CPUs that means AVX-512 BF16 or AMX: four times the fp32 rate, where others emulate bf16 at
     a fraction of it.
     """
-    if choice != "auto":
-        return choice
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return "bf16" if has_bf16 else "fp32"
+    return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
 
 
 class Runtime:

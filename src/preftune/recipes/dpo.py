@@ -1,29 +1,28 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
-from preftune.config.paths import cache_root
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.losses import make_loss
 from preftune.metrics import MetricSums
-from preftune.model.load import load_model, model_commit
+from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
-from preftune.recipes.pairs import load_experiment_pairs, prepare_tokenizer
+from preftune.recipes.pairs import load_experiment_pairs
+from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
 from preftune.tracking.progress import ProgressDisplay
-from preftune.tracking.tracker import check_trackers
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
-from preftune.training.run_folder import RunFolder, check_writable, plan_start
+from preftune.training.run_folder import RunFolder
 from preftune.training.step import TrainState
 
 
@@ -50,22 +49,18 @@ def train(config: ExperimentConfig) -> TrainResult:
     Raises:
         PreftuneError: see `preftune.errors`; the exit code of the command is the error's.
     """
-    start = plan_start(config)
-    check_writable("cache_dir", cache_root(config.cache_dir))
-    check_trackers(config.report_to)
+    start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
-    if start.kind == "finished":
+    if tokenizer is None:  # the run is finished
         display.say(f"the run in {start.folder.root} is finished; nothing to do")
         return TrainResult(start.folder, start.folder.read_manifest())
 
     # ---------------------------------------------------------------- data, before weights load
-    # A branch may move while the run is away: what it stood for at the start stays.
-    commit = start.model_commit or model_commit(config)
-    pinned = replace(config, model_revision=commit)
-    tokenizer = prepare_tokenizer(pinned)
+    for sentence in slow_settings(config, config.mixed_precision):
+        display.say(sentence)
     with runtime.main_first():  # the others find its tokens in the cache
         pairs = load_experiment_pairs(pinned, tokenizer, display)
     sampler = PairSampler(
@@ -83,7 +78,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
     run.manifest["model"] = {
-        "commit": commit,
+        "commit": pinned.model_revision,
         "weights": fields["weights"],
         "parameters": loaded.num_parameters,
     }

@@ -1,10 +1,11 @@
 """Tokenizer and datasets of an experiment: all that can be checked before weights load."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.dataset import PairsConfig
@@ -14,11 +15,12 @@ from preftune.config.paths import cache_root
 from preftune.data.chat import set_chat_template
 from preftune.data.hub_cache import HubCache
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
-from preftune.data.splits import split_by_prompt, without_prompts_of
+from preftune.data.splits import shares_prompt, split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
-from preftune.errors import ConfigError, ModelError
+from preftune.errors import ConfigError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.training.run_folder import check_writable
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Pairs:
     train: PairDataset
     held_out: dict[str, PairDataset]
     """Label -> pairs; the label of a single set is empty."""
+    shared: TokenRows
+    """Rows left out of training because `eval_dataset` has their prompts."""
 
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -39,38 +43,27 @@ def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def prepare_data(config: ExperimentConfig) -> str:
-    """Fill the cache of tokenised data for later runs; loads no weights.
-
-    Returns:
-        What was made, for people.
-    """
-    display = ProgressDisplay(config.progress)
-    pairs = load_experiment_pairs(config, prepare_tokenizer(config), display)
-    sets = {"training": pairs.train}
-    sets |= {label or "held out": dataset for label, dataset in pairs.held_out.items()}
-    sizes = ", ".join(f"{len(dataset.examples)} {label}" for label, dataset in sets.items())
-    return f"tokenised pairs ({sizes}) are in {cache_root(config.cache_dir) / 'datasets'}"
-
-
 def load_experiment_pairs(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> Pairs:
-    """Read, check and tokenise training and held-out pairs, and say what was kept.
+    """Read, check and tokenise training and held-out pairs, and say what was kept."""
+    pairs = read_experiment_pairs(config, tokenizer, display)
+    for dataset in (pairs.train, *pairs.held_out.values()):
+        check_fits_model(config, dataset)
+    return replace(pairs, train=pairs.train.repeated())
+
+
+def read_experiment_pairs(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
+) -> Pairs:
+    """Training and held-out pairs, each row once, not yet compared with the model.
 
     No prompt is on both sides: `test_size` splits by prompt, and rows whose prompt stands in
     `eval_dataset` are left out of training.
     """
-    train = load_dataset_pairs(
-        config,
-        tokenizer,
-        display,
-        config.sources,
-        config.dataset_split,
-        max_rows=config.max_train_samples,
-        seed=config.seed,
-    )
+    train, held_out = _load_all(config, tokenizer, display)
     if config.test_size is not None:
+        shared = train.examples[:0]
         train, test = split_by_prompt(train, config.test_size, config.seed)
         held_out = {"": test}
         display.say(
@@ -78,21 +71,68 @@ def load_experiment_pairs(
             f"{len(test.examples)} held out"
         )
     else:
-        split = config.eval_split or "test"
-        held_out = {
-            label: load_dataset_pairs(config, tokenizer, display, [(name, None)], split)
-            for label, name in config.eval_sources.items()
-        }
-        before = len(train.examples)
-        train = without_prompts_of(train, list(held_out.values()))
-        if removed := before - len(train.examples):
+        others = list(held_out.values())
+        shared = train.examples.take(np.flatnonzero(shares_prompt(train, others)))
+        train = without_prompts_of(train, others)
+        if shared:
             display.say(
-                f"{removed} pairs are left out of training: eval_dataset has their prompts too"
+                f"{len(shared)} pairs are left out of training: eval_dataset has their prompts too"
             )
-    train = train.repeated()
-    for dataset in (train, *held_out.values()):
-        check_fits_model(config, dataset)
-    return Pairs(train, held_out)
+    return Pairs(train, held_out, shared)
+
+
+def prepare_data(config: ExperimentConfig) -> str:
+    """Tokenise what a run reads, so that the run finds it; loads no weights.
+
+    Returns:
+        What was made or found, and where, for people.
+
+    Raises:
+        PreftuneError: what would stop the run at its data.
+    """
+    if config.dataset_cache_mode == "off":
+        raise ConfigError(
+            "dataset_cache_mode is 'off', so there is no cache to fill; leave it out, or choose "
+            "local"
+        )
+    cache = cache_root(config.cache_dir)
+    check_writable("cache_dir", cache)
+    tokenizer = prepare_tokenizer(config)
+    pairs = load_experiment_pairs(config, tokenizer, ProgressDisplay(config.progress))
+    # Pairs split off training data are in its cache.
+    held_out = () if config.test_size is not None else pairs.held_out.values()
+    lines = [
+        f"{dataset.name}: {'found in the cache' if dataset.reused else 'tokenised'}, "
+        f"{sum(source.counts.read for source in dataset.sources)} rows"
+        for dataset in (pairs.train, *held_out)
+    ]
+    return "\n".join([*lines, f"tokens are in {cache / 'datasets'}"])
+
+
+def _load_all(
+    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
+) -> tuple[PairDataset, dict[str, PairDataset]]:
+    """The datasets as they are named; what is wrong with several is told at once."""
+    findings = Findings()
+    train, held_out = None, {}
+    with findings:
+        train = load_dataset_pairs(
+            config,
+            tokenizer,
+            display,
+            config.sources,
+            config.dataset_split,
+            max_rows=config.max_train_samples,
+            seed=config.seed,
+        )
+    for label, name in config.eval_sources.items():
+        with findings:
+            held_out[label] = load_dataset_pairs(
+                config, tokenizer, display, [(name, None)], config.eval_split or "test"
+            )
+    findings.raise_all()
+    assert train is not None  # or there was a finding
+    return train, held_out
 
 
 def load_dataset_pairs(

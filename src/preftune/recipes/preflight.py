@@ -1,65 +1,141 @@
-"""`preftune check`: everything that can be found wrong before weights load."""
+"""What can be found wrong before any data is read or weight loaded: folders, device, model files.
 
-import os
-import shutil
+`train` and `check` both begin here.
+"""
 
-import numpy as np
+from dataclasses import replace
+from importlib.util import find_spec
 
-from preftune.batching.sampler import PairSampler
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
-from preftune.data.pairs import PairDataset
-from preftune.recipes.dpo import count_steps
-from preftune.recipes.pairs import describe_counts, load_experiment_pairs, prepare_tokenizer
-from preftune.tracking.progress import ProgressDisplay
+from preftune.config.training import MixedPrecision
+from preftune.data.template_files import template_text
+from preftune.distributed.runtime import multiplies_bf16, resolve_precision
+from preftune.errors import ConfigError, Findings
+from preftune.model.load import load_model_config, model_commit
+from preftune.recipes.pairs import prepare_tokenizer
 from preftune.tracking.tracker import check_trackers
-from preftune.training.run_folder import check_writable, plan_start
+from preftune.training.run_folder import RunStart, check_writable, plan_start
 
 
-def check(config: ExperimentConfig) -> str:
-    """Validate configuration, output folder, tokenizer and every row; load no weights.
-
-    Args:
-        config: of the run that would follow.
+def check_setup(
+    config: ExperimentConfig,
+) -> tuple[RunStart, ExperimentConfig, PreTrainedTokenizerBase | None]:
+    """Look at folders, device, model files and tokenizer.
 
     Returns:
-        What the run would do, for people.
+        How the run begins, the config with the model's commit as its revision, and the tokenizer
+        with its chat template; None of a finished run, which needs none.
 
     Raises:
-        PreftuneError: the first thing that would stop the run.
+        PreftuneError: with everything found wrong.
     """
-    start = plan_start(config)
-    writable = check_writable("output_dir", start.folder.root)
-    check_writable("cache_dir", cache_root(config.cache_dir))
-    check_trackers(config.report_to)
-    tokenizer = prepare_tokenizer(config)
-    display = ProgressDisplay("none")
-    pairs = load_experiment_pairs(config, tokenizer, display)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = config.global_batch_size(world_size)
-    sampler = PairSampler(
-        len(pairs.train.examples), batch, config.resolved_data_seed, config.shuffle
-    )
-    steps = count_steps(config, sampler)
-    lines = [
-        config.to_yaml().rstrip(),
-        "",
-        describe_counts(pairs.train),
-        *map(describe_counts, pairs.held_out.values()),
-        _describe_lengths(pairs.train),
-        f"pairs a step: {batch} = {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",
-        f"steps: {steps} ({sampler.steps_per_epoch} an epoch)",
-        f"output_dir: {start.folder.root} ({start.kind}), "
-        f"{shutil.disk_usage(writable).free / 2**30:.1f} GiB free",
-        "check passed: nothing was loaded or written",
+    findings = Findings()
+    start = look_at_output(config, findings)
+    if start is not None and start.kind == "finished":
+        return start, config, None
+    look_at_cache(config, findings)
+    found = look_at_model(config, findings, start)
+    findings.raise_all()
+    assert start is not None  # or there was a finding
+    assert found is not None
+    return start, *found
+
+
+def look_at_output(config: ExperimentConfig, findings: Findings) -> RunStart | None:
+    """Plan how the run begins in `output_dir`."""
+    with findings:
+        return plan_start(config)
+    return None
+
+
+def look_at_cache(config: ExperimentConfig, findings: Findings) -> bool:
+    """Whether the cache can be written, as far as that can be told."""
+    with findings:
+        check_writable("cache_dir", cache_root(config.cache_dir))
+        return True
+    return False
+
+
+def look_at_model(
+    config: ExperimentConfig, findings: Findings, start: RunStart | None
+) -> tuple[ExperimentConfig, PreTrainedTokenizerBase] | None:
+    """See that device and packages can run the model, and load the tokenizer; no weights are read.
+
+    Returns:
+        The config with the model's commit as its revision, and the tokenizer.
+    """
+    with findings:
+        check_device(config, config.mixed_precision)
+    with findings:
+        check_trackers(config.report_to)
+    with findings:
+        # A branch may move while the run is away: what it stood for at the start stays.
+        known = None if start is None else start.model_commit
+        pinned = replace(config, model_revision=known or model_commit(config))
+        load_model_config(pinned)
+        return pinned, prepare_tokenizer(pinned)
+    if config.chat_template is not None:
+        with findings:  # it may be wrong, too
+            template_text(config.chat_template)
+    return None
+
+
+def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
+    """Refuse what the device cannot do.
+
+    Args:
+        model: how weights and attention shall run.
+        mixed_precision: how products shall be computed.
+
+    Raises:
+        ConfigError: with every such setting.
+    """
+    problems = []
+    has_cuda = torch.cuda.is_available()
+    if model.attn_implementation == "flash_attention_2":
+        lacks = None
+        if not has_cuda:
+            lacks = "runs on CUDA GPUs, and torch sees none here"
+        # With the package kernels, transformers fetches the kernel from the Hub.
+        elif find_spec("flash_attn") is None and find_spec("kernels") is None:
+            lacks = "needs the package flash-attn, and it is not installed"
+        elif model.dtype == "float32" and resolve_precision(mixed_precision) == "fp32":
+            lacks = "computes in bf16 only, and products are fp32 here (mixed_precision)"
+        if lacks is not None:
+            problems.append(
+                f"attn_implementation is 'flash_attention_2', which {lacks}; "
+                "set --attn_implementation auto"
+            )
+    if has_cuda:
+        problems += [
+            f"{key} is {value!r}, and this GPU has no hardware for it; set --{key} {other}"
+            for key, value, other in _unsupported_bf16(model, mixed_precision)
+        ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def slow_settings(model: ModelConfig, mixed_precision: MixedPrecision) -> list[str]:
+    """What the device can do, but slowly: a sentence a setting, for people."""
+    if torch.cuda.is_available():
+        return []
+    return [
+        f"{key} is {value!r}, which this CPU computes in software, far slower than fp32; "
+        f"--{key} {other} is faster"
+        for key, value, other in _unsupported_bf16(model, mixed_precision)
     ]
-    return "\n".join(lines)
 
 
-def _describe_lengths(dataset: PairDataset) -> str:
-    lengths = dataset.examples.longest_side
-    return (
-        f"tokens: {dataset.examples.num_tokens} an epoch as both sides are forwarded; longest side "
-        f"of a pair: median {int(np.median(lengths))}, longest {lengths.max()}"
-    )
+def _unsupported_bf16(
+    model: ModelConfig, mixed_precision: MixedPrecision
+) -> list[tuple[str, str, str]]:
+    """The settings that ask for bf16 where the hardware has none: key, value, what works."""
+    if multiplies_bf16():
+        return []
+    settings = [("dtype", model.dtype, "float32"), ("mixed_precision", mixed_precision, "fp32")]
+    return [setting for setting in settings if setting[1] in ("bfloat16", "bf16")]

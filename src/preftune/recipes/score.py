@@ -21,6 +21,7 @@ from preftune.model.forward import pair_logps
 from preftune.model.load import check_model_files, load_model
 from preftune.objective import PairBatcher, as_pairs
 from preftune.recipes.pairs import check_fits_model, load_dataset_pairs, prepare_tokenizer
+from preftune.recipes.preflight import check_device, slow_settings
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import check_writable
@@ -84,6 +85,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
         The means; per-pair values go to `config.output` as parquet.
     """
     _check_output(config)
+    check_device(config, config.mixed_precision)
     models: list[ModelConfig] = [config]
     if config.reference_model_name_or_path:
         check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
@@ -94,6 +96,8 @@ def score(config: ScoreConfig) -> ScoreSummary:
         raise ConfigError("score runs on one process; start it without torchrun")
     display = ProgressDisplay(config.progress)
     tokenizer = prepare_tokenizer(config)
+    for sentence in slow_settings(config, config.mixed_precision):
+        display.say(sentence)
     assert config.dataset_name is not None  # the config refuses an unset dataset
     sources = [(config.dataset_name, None)]
     dataset = load_dataset_pairs(config, tokenizer, display, sources, config.dataset_split)

@@ -14,11 +14,12 @@ from preftune.config.composed import sections
 from preftune.config.docs import field_docs
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.help import config_help
+from preftune.config.inspection import InspectConfig
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.losses.spec import KNOBS
 
-CONFIGS = [ExperimentConfig, ScoreConfig, QuickstartConfig]
+CONFIGS = [ExperimentConfig, InspectConfig, ScoreConfig, QuickstartConfig]
 
 
 def documented_fields(section):

@@ -67,12 +67,6 @@ def refuse(raw: dict[str, Any], **column_map: str) -> str:
             id="prompt text, answers messages",
         ),
         pytest.param(
-            {"prompt": [user("q")], "chosen": "a", "rejected": "b"},
-            [user("q")],
-            ([assistant("a")], [assistant("b")]),
-            id="prompt messages, answers text",
-        ),
-        pytest.param(
             {"prompt": "q", "chosen": [assistant("a")], "rejected": "b"},
             [user("q")],
             ([assistant("a")], [assistant("b")]),
@@ -183,6 +177,26 @@ def test_hh_answer_with_a_human_turn_is_dropped_not_trained_as_the_assistants() 
     )
 
 
+def test_a_prompt_that_text_answers_repeat_is_not_trained_twice() -> None:
+    raw = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}
+    assert parse_row("f:1", raw, dataset="d", column_map={}) == Dropped(
+        "f:1", DropReason.PROMPT_REPEATED
+    )
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "Hi", "chosen": "Hi there", "rejected": "Bye"},
+        {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi"},
+        {"prompt": " ", "chosen": " a", "rejected": " b"},
+    ],
+    ids=["one answer", "an answer that is the prompt", "a blank prompt"],
+)
+def test_answers_that_only_look_like_the_prompt_are_kept(raw: dict[str, Any]) -> None:
+    parse(raw)
+
+
 def test_formats_are_all_reachable() -> None:
     assert {f.value for f in RowFormat} == {"prompt_pair", "conversations", "transcripts"}
 
@@ -244,6 +258,14 @@ def test_unknown_key_in_column_map_suggests_the_nearest() -> None:
         ({"prompt": "q", "chosen": "\ud83d", "rejected": "b"}, "not valid Unicode"),
         ({"chosen": "some text", "rejected": "other"}, "add a 'prompt' column"),
         ({"chosen": "some text", "rejected": [user("q")]}, "add a 'prompt' column"),
+        (
+            {"prompt": [user("q")], "chosen": "a", "rejected": "b"},
+            "'prompt' is messages and 'chosen' is text (",
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": "b"},
+            "'prompt' is messages and 'rejected' is text (",
+        ),
         ({"text": "a"}, "column 'chosen' is missing (columns: text)"),
         ({}, "(columns: none)"),
     ],
@@ -270,8 +292,8 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     [([TOOL], [TOOL]), ('[{"a": 1}]', [{"a": 1}]), ("", None), ([], None), (None, None)],
 )
 def test_tools_as_list_or_json(value: Any, tools: Any) -> None:
-    raw = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "tools": value}
-    assert parse(raw).tools == tools
+    raw = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert parse(raw | {"tools": value}).tools == tools
     raw = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
     assert parse(raw | {"tools": value}).tools == tools
 

@@ -3,22 +3,25 @@
 from typing import Any
 
 from preftune.data.formats.row import Row
+from preftune.data.reasons import Dropped, DropReason
 from preftune.schema import Example, Message, Text
 
 
-def read_prompt_pair(row: Row) -> Example:
+def read_prompt_pair(row: Row) -> Example | Dropped:
     """Read a row that has a prompt column.
 
-    A prompt and answers that are all text stay text. As soon as one of them is messages, a text
-    prompt is the user's message and a text answer the assistant's. Answers that repeat the prompt's
-    messages (ultrafeedback_binarized's layout) are taken without the repeat.
+    A prompt and answers that are all text stay text; answers of text that both repeat the prompt
+    would train on a doubled one. Where an answer is messages, a text prompt is the user's message
+    and a text answer the assistant's. Answers that repeat the prompt's messages
+    (ultrafeedback_binarized's layout) are taken without the repeat.
 
     Example:
         `{"prompt": "Hi", "chosen": [user "Hi", assistant "Hello"], "rejected": [...]}` gives the
         prompt `[user "Hi"]` and the answers `[assistant "Hello"]`, `[...]`.
 
     Raises:
-        DataError: a column is missing or of the wrong type.
+        DataError: a column is missing or of the wrong type, or an answer is text where the prompt
+            is messages, so that nothing says whether the answer holds a header.
     """
     prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
     tools = row.tools()
@@ -29,12 +32,20 @@ def read_prompt_pair(row: Row) -> Example:
                 "applied to it",
                 "write the prompt as messages, or remove the tools",
             )
+        if prompt.strip() and all(_goes_on(text, prompt) for text in (chosen, rejected)):
+            return Dropped(row.row_id, DropReason.PROMPT_REPEATED)
         return Example(
             row_id=row.row_id,
             prompt=prompt,
             completions=(chosen, rejected),
             roles=("chosen", "rejected"),
             source=row.source(),
+        )
+    if not isinstance(prompt, str) and (isinstance(chosen, str) or isinstance(rejected, str)):
+        name = "chosen" if isinstance(chosen, str) else "rejected"
+        raise row.error(
+            f"'prompt' is messages and {name!r} is text",
+            'write answers to messages as messages: [{"role": "assistant", "content": …}]',
         )
     answers = (_as_messages(chosen, "assistant"), _as_messages(rejected, "assistant"))
     messages = _prompt_messages(prompt, answers)
@@ -54,6 +65,10 @@ def common_prefix(a: list[Any], b: list[Any]) -> list[Any]:
     while length < min(len(a), len(b)) and a[length] == b[length]:
         length += 1
     return a[:length]
+
+
+def _goes_on(text: str, prompt: str) -> bool:
+    return len(text) > len(prompt) and text.startswith(prompt)
 
 
 def _as_messages(text: Text, role: str) -> list[Message]:
