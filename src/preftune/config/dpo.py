@@ -36,8 +36,9 @@ class DPOConfig(Section):
     divided by the one expected of a sampled token; none: as it is. Unset: the loss's default."""
 
     forward_layout: ForwardLayout = "auto"
-    """How a pair goes through the model. concatenated: chosen and rejected in one forward;
-    separate: one after the other, less memory. auto: concatenated."""
+    """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
+    once; concatenated: chosen and rejected as padded rows of one forward; separate: one side after
+    the other, less memory. auto: shared_prefix where the model follows it, else concatenated."""
 
     concatenated_forward: bool | None = None
     """Another name for `forward_layout`: true is concatenated, false is separate. Unset: what
@@ -51,11 +52,11 @@ class DPOConfig(Section):
                 setattr(self, name, default)
 
     @property
-    def layout(self) -> Layout:
-        """The layout after resolving `auto` and `concatenated_forward`."""
-        if self.forward_layout != "auto":
+    def wanted_layout(self) -> ForwardLayout:
+        """What `forward_layout` and `concatenated_forward` ask for together."""
+        if self.forward_layout != "auto" or self.concatenated_forward is None:
             return self.forward_layout
-        return "separate" if self.concatenated_forward is False else "concatenated"
+        return "concatenated" if self.concatenated_forward else "separate"
 
     @property
     def needs_reference(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import PairsConfig
-from preftune.config.dpo import ForwardLayout, Layout
+from preftune.config.dpo import ForwardLayout
 from preftune.config.logging import Progress
 from preftune.config.model import ModelConfig
 from preftune.config.problem import Problem, count
@@ -34,8 +34,9 @@ class ScoringConfig(Section):
     is another word for fp32."""
 
     forward_layout: ForwardLayout = "auto"
-    """How a pair goes through the model. concatenated: chosen and rejected in one forward;
-    separate: one after the other, less memory. auto: concatenated."""
+    """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
+    once; concatenated: chosen and rejected as padded rows of one forward; separate: one side after
+    the other, less memory. auto: shared_prefix where the model follows it, else concatenated."""
 
     output: str | None = None
     """A .parquet file for the scores of every pair. Unset: only the summary."""
@@ -48,11 +49,6 @@ class ScoringConfig(Section):
         """Fill beta where rewards are computed."""
         if self.beta is None and self.reference_model_name_or_path is not None:
             self.beta = DEFAULT_BETA
-
-    @property
-    def layout(self) -> Layout:
-        """The layout after resolving `auto`."""
-        return "concatenated" if self.forward_layout == "auto" else self.forward_layout
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from preftune.batching.layout import Block, PairLayout
 from preftune.model.logprob_head import HeadTransform, token_logps
 
-FORWARD_VERSION = 1
+FORWARD_VERSION = 2
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
 
 
@@ -105,7 +105,6 @@ class PolicyModel(nn.Module):
             hidden = self.model(block.input_ids, **self._options(block)).logits
             head = nn.Identity()
         return hidden.flatten(0, 1)[block.score_positions], head
-
 
     def _options(self, block: Block) -> dict[str, Any]:
         options: dict[str, Any] = {"use_cache": self.use_cache}

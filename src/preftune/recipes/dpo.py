@@ -12,6 +12,7 @@ from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.losses import make_loss
 from preftune.metrics import MetricSums
+from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
 from preftune.recipes.pairs import load_experiment_pairs
@@ -74,9 +75,13 @@ def train(config: ExperimentConfig) -> TrainResult:
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(pinned, runtime.device)
+    wanted = start.layout or config.wanted_layout
+    layout = choose_layout(loaded.policy, wanted, config.attn_implementation, pairs.longest_side)
+    if layout.why:
+        display.say(f"pairs are padded: {layout.why}")
     model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
-    run = Run(config, start, runtime, display, tokenizer, pairs, loaded, sampler, num_steps)
-    fields = namespace_fields(loaded.policy, precision=precision, layout=config.layout)
+    run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
+    fields = namespace_fields(loaded.policy, precision=precision, layout=layout.name)
     run.manifest["model"] = {
         "commit": pinned.model_revision,
         "weights": fields["weights"],

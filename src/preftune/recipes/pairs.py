@@ -30,8 +30,15 @@ class Pairs:
     train: PairDataset
     held_out: dict[str, PairDataset]
     """Label -> pairs; the label of a single set is empty."""
+
     shared: TokenRows
     """Rows left out of training because `eval_dataset` has their prompts."""
+
+    @property
+    def longest_side(self) -> int:
+        """Tokens of the longest prompt and answer."""
+        sets = (self.train, *self.held_out.values())
+        return max(int(dataset.examples.longest_side.max()) for dataset in sets)
 
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

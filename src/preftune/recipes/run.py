@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from preftune.batching.layout import LayoutName
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -21,6 +22,7 @@ from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.losses.spec import LOSS_SPECS
+from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import PairBatcher, PreferenceObjective
 from preftune.recipes.model_card import model_card
@@ -50,6 +52,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         pairs: Pairs,
         loaded: LoadedModel,
+        layout: LayoutChoice,
         sampler: PairSampler,
         num_steps: int,
     ) -> None:
@@ -61,6 +64,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
+        self.layout: LayoutName = layout.name
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None
@@ -75,7 +79,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "world_size": runtime.world_size,
             "precision": runtime.precision,
-            "layout": config.layout,
+            "layout": layout.name,
+            "layout_why": layout.why,
             "compact_head": loaded.policy.compact_head,
             "steps": num_steps,
             "steps_per_epoch": sampler.steps_per_epoch,
@@ -117,7 +122,7 @@ class Run:
                     policy,
                     examples,
                     store,
-                    layout=config.layout,
+                    layout=self.layout,
                     device=runtime.device,
                     progress=counting(update),
                 )
@@ -130,7 +135,7 @@ class Run:
                 "reused": values.num_reused,
             }
         sums = None if values is None else values.sums
-        return PairBatcher(examples, sums, config.layout, runtime.device)
+        return PairBatcher(examples, sums, self.layout, runtime.device)
 
     def evaluator(
         self, model: nn.Module, objective: PreferenceObjective, held_out: dict[str, PairBatcher]

@@ -14,10 +14,12 @@ from preftune.batching.layout import LayoutName
 from preftune.batching.sampler import length_sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
+from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
+from preftune.model.layout_choice import choose_layout
 from preftune.model.load import check_model_files, load_model
 from preftune.objective import PairBatcher, as_pairs
 from preftune.recipes.pairs import check_fits_model, load_dataset_pairs, prepare_tokenizer
@@ -125,7 +127,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
 
 def score_model(
     model_config: ModelConfig,
-    examples: Sequence[TokenizedExample],
+    examples: TokenRows,
     runtime: Runtime,
     display: ProgressDisplay,
     config: ScoreConfig,
@@ -133,12 +135,18 @@ def score_model(
     """Load one model and score every pair with it."""
     display.say(f"loading {model_config.model_name_or_path}")
     loaded = load_model(model_config, runtime.device)
+    longest = int(examples.longest_side.max())
+    layout = choose_layout(
+        loaded.policy, config.forward_layout, config.attn_implementation, longest
+    )
+    if layout.why:
+        display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)
     with display.stage("score", len(examples), "pair") as update:
         return score_examples(
             model,
             examples,
-            config.layout,
+            layout.name,
             config.per_device_eval_batch_size,
             runtime.device,
             update,

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from preftune.batching.layout import LayoutName
 from preftune.config.experiment import ExperimentConfig
 from preftune.errors import CheckpointError
 from preftune.files import write_atomically
@@ -118,11 +119,19 @@ class RunStart:
     """What to go on from; None starts at step 0."""
 
     @property
+    def layout(self) -> LayoutName | None:
+        """The forward layout that the run here started with."""
+        return self._noted("layout")
+
+    @property
     def model_commit(self) -> str | None:
         """The commit of the model that the run here started from, if it came from a hub."""
+        return (self._noted("model") or {}).get("commit")
+
+    def _noted(self, key: str) -> Any:
         if self.kind == "new" or not self.folder.manifest.is_file():
             return None
-        return self.folder.read_manifest().get("model", {}).get("commit")
+        return self.folder.read_manifest().get(key)
 
 
 def plan_start(config: ExperimentConfig) -> RunStart:

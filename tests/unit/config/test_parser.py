@@ -58,7 +58,7 @@ def test_switches_mappings_and_null_on_the_command_line(read):
     assert (config.gradient_checkpointing, config.shuffle) == (True, False)
     assert config.column_map == {"prompt": "question"}
     assert config.max_grad_norm is None
-    assert config.layout == "separate"
+    assert config.wanted_layout == "separate"
     assert config.cache_dir == "-x=y"
 
 

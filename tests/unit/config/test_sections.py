@@ -238,7 +238,7 @@ def test_what_is_left_unset_is_resolved():
     assert (config.num_epochs, config.max_train_steps) == (1.0, None)
     assert (config.warmup_ratio, config.warmup_steps) == (0.1, None)
     assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.999, 1e-8)
-    assert (config.layout, config.eval_strategy) == ("concatenated", "never")
+    assert (config.wanted_layout, config.eval_strategy) == ("auto", "never")
     assert (config.resolved_data_seed, config.eval_batch_size) == (42, 8)
     assert make(max_train_steps=3).num_epochs is None
     assert make(warmup_steps=3).warmup_ratio is None
@@ -246,8 +246,8 @@ def test_what_is_left_unset_is_resolved():
     assert make(optimizer="sgd").adam_beta1 is None
     assert make(test_size=1).eval_strategy == "epoch"
     assert make(test_size=1, eval_steps=5).eval_strategy == "steps"
-    assert make(concatenated_forward=False).layout == "separate"
-    assert make(forward_layout="separate").layout == "separate"
+    assert make(concatenated_forward=False).wanted_layout == "separate"
+    assert make(forward_layout="separate").wanted_layout == "separate"
     assert make(data_seed=0).resolved_data_seed == 0
     assert make(test_size=1, per_device_eval_batch_size=3).eval_batch_size == 3
 
@@ -323,7 +323,7 @@ def test_a_changed_copy_is_checked_again():
 def test_scoring_settings():
     assert ScoreConfig(**NEEDED).beta is None
     assert ScoreConfig(**NEEDED, reference_model_name_or_path="r").beta == 0.1
-    assert ScoreConfig(**NEEDED, forward_layout="separate").layout == "separate"
+    assert ScoreConfig(**NEEDED, forward_layout="separate").forward_layout == "separate"
     bad = {"beta": 0.1, "gradient_checkpointing": True, "disable_dropout": False, "output": "a.csv"}
     bad |= {"per_device_eval_batch_size": 0}
     assert sorted(problem_keys(ScoreConfig, **NEEDED, **bad)) == sorted(bad)
