@@ -181,9 +181,8 @@ class _ChunkLogits:
         rows = min(chunk_size, len(hidden))
         self.products = hidden.new_empty(rows, len(weight))
         wide = _reduction_dtype(hidden.dtype)
-        self.logits = torch.empty_like(self.products, dtype=wide)
-        if wide == hidden.dtype:
-            self.logits = self.products
+        same = wide == hidden.dtype
+        self.logits = self.products if same else torch.empty_like(self.products, dtype=wide)
 
     def make(self, chunk: slice) -> Tensor:
         """Logits of the positions in `chunk`; the caller may write into them."""
@@ -248,7 +247,7 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # The gradient of logp at the logits is one_hot(label) - p. The incoming gradient, one
         # number a position, is applied on the narrow side of each product.
         hidden, weight, bias, labels, log_normaliser = ctx.saved_tensors
