@@ -1,6 +1,7 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from preftune.batching.layout import Block, PairLayout
-from preftune.model.logprob_head import HeadTransform, token_logps
+from preftune.model.logprob_head import (
+    HeadTransform,
+    chunk_memory,
+    head_chunk_size,
+    token_logps,
+)
 
 FORWARD_VERSION = 2
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
@@ -57,6 +63,13 @@ class PolicyModel(nn.Module):
             HeadTransform.from_config(model.config) if compact_head else HeadTransform()
         )
 
+    @cached_property
+    def head_chunk_size(self) -> int:
+        """Most positions whose logits exist at once, by the device that the model is on."""
+        config = self.model.config.get_text_config()
+        memory = chunk_memory(self.model.device)
+        return head_chunk_size(memory, config.hidden_size, config.vocab_size)
+
     def forward(self, layout: PairLayout, with_alignment: bool = False) -> SequenceLogps:
         """See `pair_logps`."""
         results = [self._block_logps(block, with_alignment) for block in layout.blocks]
@@ -81,7 +94,12 @@ class PolicyModel(nn.Module):
     def _block_logps(self, block: Block, with_alignment: bool) -> SequenceLogps:
         hidden, head = self._scored_hidden(block)
         logps, alignment = token_logps(
-            hidden, head, block.labels, self.transform, with_alignment=with_alignment
+            hidden,
+            head,
+            block.labels,
+            self.transform,
+            with_alignment=with_alignment,
+            chunk_size=self.head_chunk_size,
         )
         # segment_reduce sums in a fixed order on every device, where index_add_ does not on CUDA.
         sums = torch.segment_reduce(logps.double(), "sum", lengths=block.lengths, unsafe=True)
