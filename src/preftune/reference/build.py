@@ -6,6 +6,7 @@ function of the rows, so a pass that was killed ends in the same bytes when it i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 import xxhash
@@ -47,12 +48,26 @@ class _Answer:
     length: int
     """Tokens of prompt and answer."""
 
-    def alone(self, examples: Sequence[TokenizedExample]) -> TokenizedExample:
-        """The prompt with this answer only."""
-        example = examples[self.row]
-        side = self.side
+
+@dataclass(frozen=True)
+class _Group:
+    """The answers to score of one row, which share its prompt."""
+
+    answers: tuple[_Answer, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of its answers, each with the prompt."""
+        return sum(answer.length for answer in self.answers)
+
+    def example(self, examples: Sequence[TokenizedExample]) -> TokenizedExample:
+        """The row with these answers only."""
+        whole = examples[self.answers[0].row]
+        sides = [answer.side for answer in self.answers]
         return replace(
-            example, completions=(example.completions[side],), roles=(example.roles[side],)
+            whole,
+            completions=tuple(whole.completions[side] for side in sides),
+            roles=tuple(whole.roles[side] for side in sides),
         )
 
 
@@ -118,7 +133,8 @@ def _compute_shards(
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[bytes, StoredLogps], int]:
-    batches = token_budget_batches([a.length for a in missing], MAX_TOKENS_PER_MICRO_BATCH)
+    groups = [_Group(tuple(answers)) for _, answers in groupby(missing, lambda a: a.row)]
+    batches = token_budget_batches([g.length for g in groups], MAX_TOKENS_PER_MICRO_BATCH)
     values: dict[bytes, StoredLogps] = {}
     num_computed = 0
 
@@ -127,8 +143,8 @@ def _compute_shards(
             progress(len(values) + num_more, len(missing))
 
     for index, start in enumerate(range(0, len(batches), MICRO_BATCHES_PER_SHARD)):
-        shard = [[missing[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
-        keys = [answer.key for batch in shard for answer in batch]
+        shard = [[groups[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
+        keys = [answer.key for batch in shard for group in batch for answer in group.answers]
         path = store.shard_path(pass_id, index)
         stored = store.read_shard(path) if path.exists() else {}
         if any(key not in stored for key in keys):
@@ -143,7 +159,7 @@ def _compute_shards(
 @torch.no_grad()
 def _compute_shard(
     model: nn.Module,
-    batches: list[list[_Answer]],
+    batches: list[list[_Group]],
     examples: Sequence[TokenizedExample],
     layout: LayoutName,
     device: torch.device,
@@ -151,10 +167,11 @@ def _compute_shard(
 ) -> dict[bytes, StoredLogps]:
     values: dict[bytes, StoredLogps] = {}
     for batch in batches:
-        rows = [answer.alone(examples) for answer in batch]
+        rows = [group.example(examples) for group in batch]
+        answers = [answer for group in batch for answer in group.answers]
         result = pair_logps(model, build_layout(rows, layout).to(device))
         for answer, total, per_token in zip(
-            batch, result.sums.tolist(), result.per_token, strict=True
+            answers, result.sums.tolist(), result.per_token, strict=True
         ):
             values[answer.key] = StoredLogps(total, per_token.float().cpu().numpy())
         report(len(values))
