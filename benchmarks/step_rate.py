@@ -5,11 +5,13 @@
 
 A model of SmolLM2-135M's shape with random weights (speed does not depend on their values) trains
 on pairs of random tokens. The layouts take turns inside one process, so that a noisy machine slows
-them alike; medians of process CPU time are compared, and the share of the physical limit is the
-arithmetic of the step over the measured rate of plain matrix products in the same precision.
+them alike; medians of process CPU time are compared. The share of the physical limit is the
+arithmetic that the step needs (each prompt once, no padding) over the measured rate of plain matrix
+products in the same precision.
 """
 
 import argparse
+import math
 import statistics
 import time
 from contextlib import nullcontext
@@ -19,11 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from preftune.batching.layout import build_layout
 from preftune.losses import DPO
+from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel
 from preftune.objective import MicroBatch, PreferenceObjective
 from preftune.schema import Completion, TokenizedExample
 
-LAYOUTS = ("concatenated", "separate")
+LAYOUTS = ("shared_prefix", "concatenated", "separate")
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def main() -> None:
     for repeat in range(options.repeats + 1):
         for name in LAYOUTS:
             layout = build_layout(examples, name)
+            model.model.set_attn_implementation(SEGMENTS if name == "shared_prefix" else "sdpa")
             batch = MicroBatch(layout, len(examples), torch.zeros(len(examples), 2).double())
             began = time.process_time()
             with autocast:
@@ -51,17 +55,18 @@ def main() -> None:
     rate = matmul_flops_per_cpu_second(options.precision)
     print(f"threads {torch.get_num_threads()}  torch {torch.__version__}  {options}")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP per CPU second")
+    needed = step_flops(model, build_layout(examples, "shared_prefix"))
+    packed = seconds["shared_prefix"]
     for name in LAYOUTS:
+        layout = build_layout(examples, name)
+        computed = sum(block.input_ids.numel() for block in layout.blocks)
         median = statistics.median(seconds[name])
-        share = step_flops(model, build_layout(examples, name)) / median / rate
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], packed, strict=True))
         print(
-            f"{name:13} {median:8.3f} CPU s a step  {len(examples) / median:6.2f} pairs per CPU s  "
-            f"{share:5.0%} of the matrix-product rate"
+            f"{name:13} {computed:6} token-forwards  {median:8.3f} CPU s a step  "
+            f"{len(examples) / median:6.2f} pairs per CPU s  {ratio:5.2f} x packed  "
+            f"needed arithmetic at {needed / median / rate:4.0%} of the matrix-product rate"
         )
-    ratio = statistics.median(
-        a / b for a, b in zip(seconds["separate"], seconds["concatenated"], strict=True)
-    )
-    print(f"separate / concatenated, median of pairs of runs: {ratio:.2f}")
 
 
 def parse() -> argparse.Namespace:
@@ -72,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=60, help="tokens")
     parser.add_argument("--chosen", type=int, default=90, help="tokens")
     parser.add_argument("--rejected", type=int, default=50, help="tokens")
+    parser.add_argument("--spread", type=float, default=0.5, help="of lengths: 0 makes all equal")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     return parser.parse_args()
@@ -92,9 +98,10 @@ def make_model(layers: int) -> PolicyModel:
 
 
 def make_examples(options: argparse.Namespace) -> list[TokenizedExample]:
-    """Pairs of random tokens of the given lengths."""
+    """Pairs of random tokens; lengths are log-normal around the given medians."""
 
-    def ids(length: int) -> tuple[int, ...]:
+    def ids(median: int) -> tuple[int, ...]:
+        length = max(1, round(median * math.exp(options.spread * torch.randn(()).item())))
         return tuple(torch.randint(49152, (length,)).tolist())
 
     return [

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = "model answer question reason example careful short long kind tell show why how".split()
+WORDS = ["model", "answer", "question", "reason", "example", "careful", "short", "long", "tell"]
 
 
 def write_pairs(path: Path, num_pairs: int) -> Path:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,6 +36,17 @@ def multiplies_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+
+
+def leave_process_group() -> None:
+    """End the process group, if there is one; this process cannot train again.
+
+    For a command that is done: a rank whose peers are gone while its connections are open may abort.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
 
 
 class Runtime:
