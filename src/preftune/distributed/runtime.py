@@ -41,7 +41,8 @@ def multiplies_bf16() -> bool:
 def leave_process_group() -> None:
     """End the process group, if there is one; this process cannot train again.
 
-    For a command that is done: a rank whose peers are gone while its connections are open may abort.
+    For a command that is done: a rank that still holds connections when its peers are gone may
+    abort.
     """
     state = PartialState()
     if state.num_processes > 1:
