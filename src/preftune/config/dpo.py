@@ -11,6 +11,17 @@ Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
 
 
+def layout_problems(forward_layout: ForwardLayout, attn_implementation: str) -> list[Problem]:
+    """The problem of a packed layout with an attention kernel that has no packed form."""
+    if forward_layout != "shared_prefix" or attn_implementation in ("auto", "sdpa"):
+        return []
+    message = (
+        f"attn_implementation {attn_implementation} has no packed form: take auto or sdpa, or "
+        "another forward_layout"
+    )
+    return [Problem("forward_layout", forward_layout, message, ("attn_implementation",))]
+
+
 @dataclass(kw_only=True)
 class DPOConfig(Section):
     """The loss. A knob left unset takes the default of the chosen loss."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from preftune.config.checkpoint import CheckpointConfig
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
-from preftune.config.dpo import DPOConfig
+from preftune.config.dpo import DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.model import ModelConfig
@@ -45,8 +45,8 @@ class ExperimentConfig(
                 self.eval_strategy = "epoch" if self.has_eval_data else "never"
 
     def cross_problems(self) -> list[Problem]:
-        """Settings that nothing reads."""
-        found = []
+        """Settings that contradict each other, or that nothing reads."""
+        found = layout_problems(self.forward_layout, self.attn_implementation)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))

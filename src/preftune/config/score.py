@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import PairsConfig
-from preftune.config.dpo import ForwardLayout
+from preftune.config.dpo import ForwardLayout, layout_problems
 from preftune.config.logging import Progress
 from preftune.config.model import ModelConfig
 from preftune.config.problem import Problem, count
@@ -68,9 +68,9 @@ class ScoreConfig(ComposedConfig, ScoringConfig, ModelConfig, PairsConfig):
     """Everything scoring needs, flat."""
 
     def cross_problems(self) -> list[Problem]:
-        """Model settings that only training reads."""
+        """Settings that contradict each other, or that only training reads."""
         message = "scoring trains nothing, so it has no effect: leave it out"
-        found = []
+        found = layout_problems(self.forward_layout, self.attn_implementation)
         if self.gradient_checkpointing:
             found.append(Problem("gradient_checkpointing", True, message))
         if not self.disable_dropout:

@@ -98,7 +98,7 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
         f"pairs a step: {batch} = {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",
         f"steps: {steps} ({an_epoch} an epoch)",
-        f"tokens, as both sides are forwarded: {about}{round(tokens * steps / an_epoch)} "
+        f"tokens, each prompt counted for both sides: {about}{round(tokens * steps / an_epoch)} "
         f"({tokens} an epoch)",
         f"tokens of the longer side of a pair: median {int(np.median(lengths))}, longest "
         f"{lengths.max()}",

@@ -371,3 +371,15 @@ def test_a_section_alone_resolves_and_reports():
     section = TrainingConfig(warmup_ratio=2.0)
     assert section.num_epochs == 1.0
     assert [problem.key for problem in section.problems()] == ["warmup_ratio"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_a_packed_layout_needs_a_kernel_with_a_packed_form(attention):
+    options = {"forward_layout": "shared_prefix", "attn_implementation": attention}
+    for build in (make, lambda **more: ScoreConfig(**NEEDED, **more)):
+        with pytest.raises(
+            ConfigError, match=f"attn_implementation {attention} has no packed form"
+        ):
+            build(**options)
+        build(**options | {"forward_layout": "auto"})
+        build(**options | {"attn_implementation": "sdpa"})
