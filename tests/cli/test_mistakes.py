@@ -493,6 +493,7 @@ def test_check_prints_what_the_run_would_do(root, capsys):
     assert "beta" in defaults
     assert "learning_rate" not in defaults
     assert "pairs a step: 8 = 4 x 2 accumulated x 1 processes\nsteps: 6 (3 an epoch)\n" in printed
-    tokens = re.search(r"tokens, each prompt counted for both sides: (\d+) \((\d+) an epoch\)", printed)
+    pattern = r"tokens, each prompt counted for both sides: (\d+) \((\d+) an epoch\)"
+    tokens = re.search(pattern, printed)
     assert tokens is not None
     assert int(tokens[1]) == 2 * int(tokens[2])
