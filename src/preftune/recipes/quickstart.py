@@ -37,6 +37,7 @@ SETTINGS = {
 }
 SCORE_BATCH_SIZE = 16
 MAX_NEW_TOKENS = 56
+REPETITION_PENALTY = 1.1
 NUM_SAMPLES = 3
 
 
@@ -155,7 +156,11 @@ def _look_at(
         )
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     answers = greedy_answers(
-        loaded.policy.model, load_tokenizer(config), conversations, MAX_NEW_TOKENS
+        loaded.policy.model,
+        load_tokenizer(config),
+        conversations,
+        MAX_NEW_TOKENS,
+        repetition_penalty=REPETITION_PENALTY,
     )
     return _View(scores, answers)
 
@@ -203,6 +208,7 @@ def _report(summary: QuickstartSummary, output_dir: Path) -> str:
         f"{'implicit-reward margin':48}{'-':>8}{summary.reward_margin:8.2f}",
         "(implicit rewards compare with the model before training: undefined before)",
     ]
+    lines += ["", f"most likely answers, with a repetition penalty of {REPETITION_PENALTY}:"]
     for sample in summary.samples:
         lines += ["", f"prompt   {sample['prompt']}"]
         lines += [f"before   {sample['before']}", f"after    {sample['after']}"]
