@@ -28,6 +28,19 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class LaidOut:
+    """A micro-batch that is still on the host."""
+
+    layout: PairLayout
+    rows: Tensor
+    num_pairs: int
+
+    def pinned(self) -> "LaidOut":
+        """The same in memory from which a copy to the device need not be waited for."""
+        return LaidOut(self.layout.pinned(), self.rows.pin_memory(), self.num_pairs)
+
+
+@dataclass(frozen=True)
 class ObjectiveOutput:
     """Sums over the pairs of a micro-batch."""
 
@@ -45,19 +58,29 @@ class PairBatcher:
     reference: Tensor | None
     layout: LayoutName
     device: torch.device
+    """Where micro-batches go; `reference` is there."""
 
     def __call__(self, rows: Sequence[int]) -> MicroBatch:
-        """Lay out `rows`; an empty list gives a dummy that counts nothing.
+        """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
+        return self.place(self.lay_out(rows))
 
-        The dummy runs a real forward, because every rank must take part in the collectives.
+    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+        """The part that works on the host alone, and may run ahead on another thread.
+
+        A dummy runs a real forward, because every rank must take part in the collectives.
         """
         used = list(rows) or [0]
-        layout = build_layout([self.examples[i] for i in used], self.layout).to(self.device)
+        layout = build_layout([self.examples[i] for i in used], self.layout)
+        laid_out = LaidOut(layout, torch.tensor(used), len(rows))
+        return laid_out.pinned() if self.device.type == "cuda" else laid_out
+
+    def place(self, laid_out: LaidOut) -> MicroBatch:
+        """Bring a laid out micro-batch to the device, without waiting for it."""
         reference = None
         if self.reference is not None:
-            index = torch.tensor(used).to(self.device, non_blocking=True)
-            reference = self.reference[index]
-        return MicroBatch(layout, len(rows), reference)
+            reference = self.reference[laid_out.rows.to(self.device, non_blocking=True)]
+        layout = laid_out.layout.to(self.device)
+        return MicroBatch(layout, laid_out.num_pairs, reference)
 
 
 class PreferenceObjective:

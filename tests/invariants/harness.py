@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from preftune.batching.sampler import PairSampler, split_micro_batches
+from preftune.batching.micro_batches import MicroBatching, RowSizes
+from preftune.batching.sampler import PairSampler
 from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType, make_loss
-from preftune.metrics import MetricSums
 from preftune.model.forward import PolicyModel
 from preftune.objective import PairBatcher, PreferenceObjective
 from preftune.reference.build import reference_logps
@@ -73,13 +73,14 @@ def short_training(
         gradient_accumulation_steps=accumulation,
     )
     model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
-    state = TrainState(model, prepared, 0, 0, torch.zeros((), dtype=torch.int64), MetricSums())
+    state = TrainState.at_start(model, prepared, runtime.device)
     batcher = PairBatcher(examples, reference, "concatenated", runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
     sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
+    batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)
     trace = Trace([], [], start, 0.0)
     for step in range(num_epochs * sampler.steps_per_epoch):
-        shares = split_micro_batches(sampler.batch(step), micro_batch)
+        shares = batching.split(sampler.batch(step))
         train_step(
             state,
             [batcher(share) for share in shares],

@@ -5,8 +5,8 @@ losses, config and loop never look inside. Every way to lay out rows is another 
 object, so a way to the same numbers is never a branch elsewhere.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, assert_never
 
 import torch
@@ -75,16 +75,15 @@ class Block:
 
     def to(self, device: torch.device) -> "Block":
         """The same block with its tensors on `device`."""
-        return Block(
-            self.input_ids.to(device, non_blocking=True),
-            self.score_positions.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.lengths.to(device, non_blocking=True),
-            self.num_scored,
-            self.completion_ids,
-            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
-            self.segments,
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Block":
+        """The same block with its tensors in page-locked memory of the host."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Block":
+        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,11 @@ class PairLayout:
 
     def to(self, device: torch.device) -> "PairLayout":
         """The same layout with its tensors on `device`."""
-        blocks = tuple(block.to(device) for block in self.blocks)
-        return PairLayout(blocks, self.num_completions, self.num_tokens)
+        return replace(self, blocks=tuple(block.to(device) for block in self.blocks))
+
+    def pinned(self) -> "PairLayout":
+        """The same layout with its tensors in page-locked memory of the host."""
+        return replace(self, blocks=tuple(block.pinned() for block in self.blocks))
 
 
 def build_layout(examples: Sequence[TokenizedExample], name: LayoutName) -> PairLayout:

@@ -3,7 +3,6 @@
 There is no state to save or restore: a run that stops after step s goes on with `batch(s)`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,58 +50,3 @@ class PairSampler:
 @lru_cache(maxsize=2)
 def _permutation(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_pairs)
-
-
-def split_micro_batches(
-    batch: Sequence[int], micro_batch_size: int, rank: int = 0, world_size: int = 1
-) -> list[list[int]]:
-    """One rank's share of a global batch, cut into micro-batches.
-
-    Every rank gets the same number of micro-batches, because collectives must match; a rank with
-    fewer rows gets empty ones at the end.
-
-    Args:
-        batch: row indices of the global batch.
-        micro_batch_size: most rows in a micro-batch.
-        rank: this process.
-        world_size: number of processes.
-
-    Returns:
-        Lists of row indices, in forward order.
-    """
-    most_rows = -(-len(batch) // world_size)
-    num_micro_batches = -(-most_rows // micro_batch_size)
-    mine = list(batch[rank::world_size])
-    return [
-        mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro_batches)
-    ]
-
-
-def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row indices in batches of similar length.
-
-    Longest first, so that a lack of memory shows at once. A pure function of the lengths; ties
-    keep the order of the rows.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in padded batches of at most `max_tokens` tokens, longest first.
-
-    A pure function of the lengths. A row longer than the budget stands alone.
-
-    Args:
-        lengths: tokens of each row.
-        max_tokens: most tokens of a batch, padding included: rows x longest row.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            longest = lengths[index]
-    return batches

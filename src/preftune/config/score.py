@@ -26,8 +26,13 @@ class ScoringConfig(Section):
     beta: float | None = None
     """Scale of the implicit rewards, above 0; only with a reference model. Unset: 0.1."""
 
-    per_device_eval_batch_size: int = 8
-    """Pairs in one forward on one device, 1 or more."""
+    per_device_eval_batch_size: int | None = None
+    """Most pairs in one forward on one device, 1 or more. Unset: 8, or any number where
+    `max_tokens_per_microbatch` is given."""
+
+    max_tokens_per_microbatch: int | None = None
+    """Most tokens in one forward on one device, 2 or more, padding included; a longer pair goes
+    alone. Unset: only the number of pairs bounds a forward."""
 
     mixed_precision: MixedPrecision = "auto"
     """How products are computed. auto: bf16 where the device has it in hardware, else fp32; "no"
@@ -46,13 +51,16 @@ class ScoringConfig(Section):
     terminal, else plain."""
 
     def __post_init__(self) -> None:
-        """Fill beta where rewards are computed."""
+        """Fill beta where rewards are computed, and the batch size where nothing bounds it."""
+        if self.per_device_eval_batch_size is None and self.max_tokens_per_microbatch is None:
+            self.per_device_eval_batch_size = 8
         if self.beta is None and self.reference_model_name_or_path is not None:
             self.beta = DEFAULT_BETA
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = count("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        found += count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2)
         if self.beta is not None and self.reference_model_name_or_path is None:
             message = "without reference_model_name_or_path there are no rewards to scale"
             found.append(Problem("beta", self.beta, message, ("reference_model_name_or_path",)))

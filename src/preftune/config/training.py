@@ -37,10 +37,17 @@ class TrainingConfig(Section):
     """Optimizer steps, 1 or more, instead of `num_epochs`. Unset: as `num_epochs` says."""
 
     per_device_train_batch_size: int = 8
-    """Pairs in one forward and backward on one device, 1 or more."""
+    """Pairs in one forward and backward on one device, 1 or more (but see
+    `max_tokens_per_microbatch`)."""
 
     per_device_eval_batch_size: int | None = None
-    """Pairs in one evaluation forward on one device, 1 or more. Unset: as in training."""
+    """Most pairs in one evaluation forward on one device, 1 or more. Unset: as in training."""
+
+    max_tokens_per_microbatch: int | None = None
+    """Most tokens in one forward and backward on one device, 2 or more, padding included: what
+    bounds memory where lengths differ. The pairs of a global batch stay the same and are packed
+    into as many forwards as it takes; a longer pair goes alone. Evaluation is packed so, too.
+    Unset: forwards hold `per_device_train_batch_size` pairs, whatever their length."""
 
     gradient_accumulation_steps: int = 1
     """Forwards and backwards before one optimizer step, 1 (off) or more. The global batch is
@@ -98,8 +105,10 @@ class TrainingConfig(Section):
         self.max_grad_norm = self.max_grad_norm or None  # one form of "off"
 
     @property
-    def eval_batch_size(self) -> int:
-        """Pairs in one evaluation forward on one device."""
+    def eval_rows(self) -> int | None:
+        """Most pairs in one evaluation forward on one device; None where tokens alone bound it."""
+        if self.per_device_eval_batch_size is None and self.max_tokens_per_microbatch is not None:
+            return None
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
 
     def global_batch_size(self, world_size: int) -> int:
@@ -114,6 +123,7 @@ class TrainingConfig(Section):
             *_optimizer_problems(self),
             *count("per_device_train_batch_size", self.per_device_train_batch_size),
             *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
+            *count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2),
             *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
         ]
 

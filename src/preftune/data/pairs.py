@@ -131,6 +131,7 @@ def load_pairs(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     truncation: Literal["drop", "keep_start", "keep_end"] = "drop",
+    context: int | None = None,
     max_dropped_fraction: float = 0.01,
     max_rows: int | None = None,
     seed: int = 0,
@@ -152,6 +153,7 @@ def load_pairs(
         max_length: most tokens of prompt and one answer together; None for no limit.
         max_prompt_length: most tokens of the prompt; None for no limit.
         truncation: what becomes of longer rows; see `data.truncate`.
+        context: positions of the model, a bound like `max_length`; None for none.
         max_dropped_fraction: most rows of a source, in 0..1, that may be dropped for other reasons.
         max_rows: read no more rows of a source than this; None for all.
         seed: of which rows are drawn where a source gives a part of its rows.
@@ -166,7 +168,7 @@ def load_pairs(
         ConfigError: a limit that leaves no room for a row, or an unknown transform.
         CacheError: the cache cannot be written or read.
     """
-    limits = Limits(max_length, max_prompt_length, truncation)
+    limits = Limits(max_length, max_prompt_length, truncation, context)
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
     wanted = [(sources, None)] if isinstance(sources, str) else list(sources)

@@ -19,6 +19,7 @@ class DropReason(StrEnum):
     UNEXPECTED_ENDING = "unexpected_ending"
     OVER_LENGTH = "over_length"
     PROMPT_OVER_LENGTH = "prompt_over_length"
+    OVER_CONTEXT = "over_context"
     DROPPED_BY_TRANSFORM = "dropped_by_transform"
     PROMPT_HELD_OUT = "prompt_held_out"
 
@@ -53,6 +54,10 @@ MEANING: dict[DropReason, str] = {
     DropReason.UNEXPECTED_ENDING: "the chat template ended the answer unlike its other answers",
     DropReason.OVER_LENGTH: "prompt and answer together exceed max_length",
     DropReason.PROMPT_OVER_LENGTH: "the prompt exceeds max_prompt_length",
+    DropReason.OVER_CONTEXT: (
+        "prompt and answer together exceed the positions of the model, and max_length allows it: "
+        "set max_length to the model's positions to drop or cut such rows on purpose"
+    ),
     DropReason.DROPPED_BY_TRANSFORM: "a transform dropped the row on purpose",
     DropReason.PROMPT_HELD_OUT: "the prompt is in a dataset for evaluation",
 }

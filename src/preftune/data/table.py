@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 import xxhash
 
+from preftune.batching.micro_batches import RowSizes
 from preftune.data.reasons import Dropped, DropReason
 from preftune.data.truncate import Limits, truncate
 from preftune.schema import Completion, TokenizedExample
@@ -118,7 +119,7 @@ class TokenRows(Sequence[TokenizedExample]):
     def take(self, rows: np.ndarray) -> "TokenRows":
         """The rows at `rows`, which may repeat, in that order."""
         taken = copy(self)
-        for cached in ("lengths", "is_cut"):
+        for cached in ("lengths", "is_cut", "sizes"):
             taken.__dict__.pop(cached, None)
         taken._positions, taken._origins = self._positions[rows], self._origins[rows]
         return taken
@@ -216,6 +217,11 @@ class TokenRows(Sequence[TokenizedExample]):
         """(rows,) Tokens of the prompt and the longest answer."""
         return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)
 
+    @cached_property
+    def sizes(self) -> RowSizes:
+        """What micro-batches are cut by."""
+        return RowSizes(self.prompt_keys, self.lengths)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows, a prompt counted once an answer."""
@@ -287,8 +293,8 @@ def over_limits(lengths: np.ndarray, limits: Limits) -> np.ndarray:
     over = np.zeros(len(lengths), dtype=bool)
     if limits.max_prompt_length is not None:
         over |= lengths[:, 0] > limits.max_prompt_length
-    if limits.max_length is not None:
-        over |= lengths[:, 0] + lengths[:, 1:].max(axis=1) > limits.max_length
+    if limits.longest is not None:
+        over |= lengths[:, 0] + lengths[:, 1:].max(axis=1) > limits.longest
     return over
 
 

@@ -17,6 +17,9 @@ class Limits:
     max_prompt_length: int | None
     """The prompt alone; None for no limit."""
     truncation: Literal["drop", "keep_start", "keep_end"]
+    context: int | None = None
+    """Positions of the model, which prompt and one completion together cannot exceed; None for a
+    model without such a bound."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -42,6 +45,12 @@ class Limits:
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of prompt and one completion together; None for no limit."""
+        bounds = [bound for bound in (self.max_length, self.context) if bound is not None]
+        return min(bounds, default=None)
+
 
 def truncate(example: TokenizedExample, limits: Limits) -> TokenizedExample | Dropped:
     """Cut or drop a row that is over its limits.
@@ -56,13 +65,12 @@ def truncate(example: TokenizedExample, limits: Limits) -> TokenizedExample | Dr
     """
     max_prompt = limits.max_prompt_length
     prompt_over = max_prompt is not None and len(example.prompt_ids) > max_prompt
-    over = limits.max_length is not None and max(example.lengths) > limits.max_length
+    over = limits.longest is not None and max(example.lengths) > limits.longest
     if not (prompt_over or over):
         return example
     match limits.truncation:
         case "drop":
-            reason = DropReason.PROMPT_OVER_LENGTH if prompt_over else DropReason.OVER_LENGTH
-            return Dropped(example.row_id, reason)
+            return _dropped(example, limits)
         case "keep_start":
             room = _room_for_prompt(limits, reserve=1)
             prompt = example.prompt_ids[:room]
@@ -72,7 +80,7 @@ def truncate(example: TokenizedExample, limits: Limits) -> TokenizedExample | Dr
             prompt = example.prompt_ids if room is None else example.prompt_ids[-room:]
         case _:
             assert_never(limits.truncation)
-    left = None if limits.max_length is None else limits.max_length - len(prompt)
+    left = None if limits.longest is None else limits.longest - len(prompt)
     completions = tuple(_cut(c, left) for c in example.completions)
     if not all(c.num_scored for c in completions):
         return Dropped(example.row_id, DropReason.OVER_LENGTH)
@@ -81,11 +89,22 @@ def truncate(example: TokenizedExample, limits: Limits) -> TokenizedExample | Dr
     return replace(example, prompt_ids=prompt, completions=completions)
 
 
+def _dropped(example: TokenizedExample, limits: Limits) -> Dropped:
+    """What a row over its limits is dropped for: what was asked for goes before what must be."""
+    length = max(example.lengths)
+    if limits.max_prompt_length is not None and len(example.prompt_ids) > limits.max_prompt_length:
+        return Dropped(example.row_id, DropReason.PROMPT_OVER_LENGTH)
+    if limits.max_length is not None and length > limits.max_length:
+        return Dropped(example.row_id, DropReason.OVER_LENGTH)
+    seen = f"{length} tokens, and the model has {limits.context} positions"
+    return Dropped(example.row_id, DropReason.OVER_CONTEXT, seen)
+
+
 def _room_for_prompt(limits: Limits, *, reserve: int) -> int | None:
     """Most prompt tokens, at least 1, that leave `reserve` tokens; None for any number."""
     rooms = [] if limits.max_prompt_length is None else [limits.max_prompt_length]
-    if limits.max_length is not None:
-        rooms.append(max(1, limits.max_length - reserve))
+    if limits.longest is not None:
+        rooms.append(max(1, limits.longest - reserve))
     return min(rooms) if rooms else None
 
 

@@ -17,7 +17,7 @@ from preftune.model.logprob_head import (
     token_logps,
 )
 
-FORWARD_VERSION = 2
+FORWARD_VERSION = 3
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
 
 

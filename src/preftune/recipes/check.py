@@ -15,7 +15,7 @@ from preftune.data.transforms import load_transforms
 from preftune.distributed.runtime import resolve_precision
 from preftune.errors import Findings
 from preftune.recipes.dpo import count_steps
-from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs
+from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import (
     look_at_cache,
     look_at_model,
@@ -102,6 +102,7 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
         f"({tokens} an epoch)",
         f"tokens of the longer side of a pair: median {int(np.median(lengths))}, longest "
         f"{lengths.max()}",
+        *over_budget(config, train),
     ]
 
 

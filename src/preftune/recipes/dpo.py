@@ -4,18 +4,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.losses import make_loss
-from preftune.metrics import MetricSums
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
-from preftune.recipes.pairs import load_experiment_pairs
+from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
@@ -64,6 +62,8 @@ def train(config: ExperimentConfig) -> TrainResult:
         display.say(sentence)
     with runtime.main_first():  # the others find its tokens in the cache
         pairs = load_experiment_pairs(pinned, tokenizer, display)
+    for sentence in over_budget(config, pairs.train):
+        display.say(sentence)
     sampler = PairSampler(
         len(pairs.train.examples),
         config.global_batch_size(runtime.world_size),
@@ -89,13 +89,19 @@ def train(config: ExperimentConfig) -> TrainResult:
     }
     batcher, held_out = run.batchers(fields)
     objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
-    first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
+    micro_batching = MicroBatching(
+        pairs.train.examples.sizes,
+        layout.name,
+        config.per_device_train_batch_size,
+        config.max_tokens_per_microbatch,
+    )
+    first_rows = micro_batching.split(sampler.batch(0))[0]
     is_exact = precision == "fp32" and config.dtype == "float32"
     check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
 
     # ---------------------------------------------------------------- train
-    bad_step = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    state = TrainState(model, optimizer, 0, 0, bad_step, MetricSums())
+    state = TrainState.at_start(model, optimizer, runtime.device)
+    run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state)
     trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
@@ -105,6 +111,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         objective=objective,
         batcher=batcher,
         sampler=sampler,
+        micro_batching=micro_batching,
         schedule=make_schedule(config, num_steps),
         num_steps=num_steps,
         trackers=trackers,

@@ -12,6 +12,7 @@ from preftune.config.dataset import PairsConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
+from preftune.config.training import TrainingConfig
 from preftune.data.chat import set_chat_template
 from preftune.data.hub_cache import HubCache
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
@@ -120,6 +121,7 @@ def _load_all(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> tuple[PairDataset, dict[str, PairDataset]]:
     """The datasets as they are named; what is wrong with several is told at once."""
+    context = model_context(config)
     findings = Findings()
     train, held_out = None, {}
     with findings:
@@ -129,13 +131,19 @@ def _load_all(
             display,
             config.sources,
             config.dataset_split,
+            context=context,
             max_rows=config.max_train_samples,
             seed=config.seed,
         )
     for label, name in config.eval_sources.items():
         with findings:
             held_out[label] = load_dataset_pairs(
-                config, tokenizer, display, [(name, None)], config.eval_split or "test"
+                config,
+                tokenizer,
+                display,
+                [(name, None)],
+                config.eval_split or "test",
+                context=context,
             )
     findings.raise_all()
     assert train is not None  # or there was a finding
@@ -149,6 +157,7 @@ def load_dataset_pairs(
     sources: Sequence[tuple[str, int | float | None]],
     split: str,
     *,
+    context: int | None,
     max_rows: int | None = None,
     seed: int = 0,
 ) -> PairDataset:
@@ -170,6 +179,7 @@ def load_dataset_pairs(
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length,
             truncation=config.truncation,
+            context=context,
             max_dropped_fraction=config.max_dropped_fraction,
             max_rows=max_rows,
             seed=seed,
@@ -182,11 +192,16 @@ def load_dataset_pairs(
     return dataset
 
 
+def model_context(config: ModelConfig) -> int | None:
+    """Positions of the model, which a row cannot exceed; None where it has no such bound."""
+    return getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
+
+
 def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
     """Refuse rows that model and settings do not fit, before weights load.
 
     Raises:
-        ConfigError: a row is longer than the model's positions, or a chat template has no use.
+        ConfigError: a chat template has no use.
         ModelError: the tokenizer makes ids that the model does not have.
     """
     examples = dataset.examples
@@ -197,12 +212,6 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
         )
     model_config = load_model_config(config).get_text_config()
     longest, length = _longest(examples)
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"{longest} of {dataset.name} has {length} tokens, and "
-            f"{config.model_name_or_path} only {positions} positions; set --max_length {positions}"
-        )
     _check_rope(config, model_config, longest, length)
     if examples.highest_id >= model_config.vocab_size:
         raise ModelError(
@@ -227,6 +236,19 @@ def _check_rope(config: ModelConfig, model_config: Any, longest: str, length: in
             f"{config.model_name_or_path} change with the longest row of a batch, and log-probs "
             f"with them; set --max_length {original}"
         )
+
+
+def over_budget(config: TrainingConfig, dataset: PairDataset) -> list[str]:
+    """A sentence on pairs that fill more than a micro-batch, where there are any."""
+    budget = config.max_tokens_per_microbatch
+    tokens = dataset.examples.lengths.sum(axis=1)
+    if budget is None or tokens.max() <= budget:
+        return []
+    number = int((tokens > budget).sum())
+    return [
+        f"{number} pairs of {dataset.name} have more than max_tokens_per_microbatch ({budget}) "
+        f"tokens, the longest {tokens.max()}: each is trained alone, in more memory"
+    ]
 
 
 def describe_counts(dataset: PairDataset) -> str:

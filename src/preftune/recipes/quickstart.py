@@ -152,7 +152,12 @@ def _look_at(
     model = runtime.prepare_for_inference(loaded.policy)
     with display.stage("score", len(held_out.examples), "pair") as update:
         scores = score_examples(
-            model, held_out.examples, "concatenated", SCORE_BATCH_SIZE, runtime.device, update
+            model,
+            held_out.examples,
+            "concatenated",
+            runtime.device,
+            update,
+            rows=SCORE_BATCH_SIZE,
         )
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     answers = greedy_answers(

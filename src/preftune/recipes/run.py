@@ -13,6 +13,7 @@ from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.layout import LayoutName
+from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -35,6 +36,7 @@ from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
 from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
+from preftune.training.dry_run import try_heaviest
 from preftune.training.loop import peak_memory_gib
 from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
 from preftune.training.step import TrainState
@@ -65,6 +67,8 @@ class Run:
         self.pairs = pairs
         self.loaded = loaded
         self.layout: LayoutName = layout.name
+        self.sampler = sampler
+        self.num_steps = num_steps
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None
@@ -156,15 +160,40 @@ class Run:
         self, model: nn.Module, objective: PreferenceObjective, label: str, batcher: PairBatcher
     ) -> dict[str, float]:
         stage = f"evaluate {label}".rstrip()
+        batches = sorted_batches(
+            self.pairs.held_out[label].examples.sizes,
+            self.layout,
+            rows=self.config.eval_rows,
+            max_tokens=self.config.max_tokens_per_microbatch,
+        )
         with self.display.stage(stage, len(batcher.examples), "pair") as update:
             return evaluate_pairs(
                 model,
                 objective,
                 batcher,
-                self.config.eval_batch_size,
+                batches,
                 self.runtime,
                 counting(update),
             )
+
+    def try_heaviest(
+        self,
+        state: TrainState,
+        objective: PreferenceObjective,
+        batcher: PairBatcher,
+        micro_batching: MicroBatching,
+    ) -> None:
+        """Run the micro-batch that takes most memory, and say what it took."""
+        runtime = self.runtime
+        batches = (self.sampler.batch(step) for step in range(self.num_steps))
+        heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
+        accumulates = len(micro_batching.split(self.sampler.batch(0))) > 1
+        try_heaviest(state, heaviest, batcher, objective, runtime, accumulates=accumulates)
+        positions = num_positions(heaviest, micro_batching.sizes, self.layout)
+        self.display.say(
+            f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "
+            f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"
+        )
 
     def begin(self, state: TrainState) -> MetricsFile:
         """Make or take up the folder; restores the checkpoint, if there is one."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from preftune.batching.layout import LayoutName
-from preftune.batching.sampler import length_sorted_batches
+from preftune.batching.micro_batches import sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
@@ -22,7 +22,12 @@ from preftune.model.forward import pair_logps
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import check_model_files, load_model
 from preftune.objective import PairBatcher, as_pairs
-from preftune.recipes.pairs import check_fits_model, load_dataset_pairs, prepare_tokenizer
+from preftune.recipes.pairs import (
+    check_fits_model,
+    load_dataset_pairs,
+    model_context,
+    prepare_tokenizer,
+)
 from preftune.recipes.preflight import check_device, slow_settings
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
@@ -102,7 +107,15 @@ def score(config: ScoreConfig) -> ScoreSummary:
         display.say(sentence)
     assert config.dataset_name is not None  # the config refuses an unset dataset
     sources = [(config.dataset_name, None)]
-    dataset = load_dataset_pairs(config, tokenizer, display, sources, config.dataset_split)
+    contexts = [context for m in models if (context := model_context(m)) is not None]
+    dataset = load_dataset_pairs(
+        config,
+        tokenizer,
+        display,
+        sources,
+        config.dataset_split,
+        context=min(contexts, default=None),
+    )
     for model_config in models:
         check_fits_model(model_config, dataset)
     scores = [score_model(m, dataset.examples, runtime, display, config) for m in models]
@@ -147,31 +160,44 @@ def score_model(
             model,
             examples,
             layout.name,
-            config.per_device_eval_batch_size,
             runtime.device,
             update,
+            rows=config.per_device_eval_batch_size,
+            max_tokens=config.max_tokens_per_microbatch,
         )
 
 
 @torch.no_grad()
 def score_examples(
     model: torch.nn.Module,
-    examples: Sequence[TokenizedExample],
+    examples: TokenRows,
     layout: LayoutName,
-    batch_size: int,
     device: torch.device,
     update: Callable[[int], None] = lambda done: None,
+    *,
+    rows: int | None = None,
+    max_tokens: int | None = None,
 ) -> PairScores:
-    """Log-prob sums of every pair under a prepared model."""
+    """Log-prob sums of every pair under a prepared model.
+
+    Args:
+        model: in eval mode.
+        examples: the pairs.
+        layout: how they go through the model.
+        device: of the model.
+        update: called with the number of pairs done.
+        rows: most pairs of a forward; None for any number.
+        max_tokens: most token positions of a forward; None for any number.
+    """
     batcher = PairBatcher(examples, None, layout, device)
     chosen = np.full(len(examples), math.nan)
     rejected = np.full(len(examples), math.nan)
     done = 0
-    for rows in length_sorted_batches([max(e.lengths) for e in examples], batch_size):
-        logps = as_pairs(pair_logps(model, batcher(rows).layout), None)
-        chosen[rows] = logps.chosen.cpu().numpy()
-        rejected[rows] = logps.rejected.cpu().numpy()
-        done += len(rows)
+    for batch in sorted_batches(examples.sizes, layout, rows=rows, max_tokens=max_tokens):
+        logps = as_pairs(pair_logps(model, batcher(batch).layout), None)
+        chosen[batch] = logps.chosen.cpu().numpy()
+        rejected[batch] = logps.rejected.cpu().numpy()
+        done += len(batch)
         update(done)
     return PairScores(chosen, rejected)
 

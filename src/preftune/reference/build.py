@@ -6,20 +6,21 @@ function of the rows, so a pass that was killed ends in the same bytes when it i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
 from preftune.batching.layout import LayoutName, build_layout
-from preftune.batching.sampler import token_budget_batches
+from preftune.batching.micro_batches import RowSizes, sorted_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
 from preftune.reference.store import ReferenceStore, StoredLogps
 from preftune.schema import TokenizedExample
 
-# Fixed, because the composition of a micro-batch changes the last bits of a log-prob.
+# Token positions, padding included. Fixed, because the composition of a micro-batch changes the
+# last bits of a log-prob.
 MAX_TOKENS_PER_MICRO_BATCH = 4096
 MICRO_BATCHES_PER_SHARD = 16
 
@@ -45,30 +46,14 @@ class _Answer:
     key: bytes
     row: int
     side: int
-    length: int
-    """Tokens of prompt and answer."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The answers to score of one row, which share its prompt."""
-
-    answers: tuple[_Answer, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of its answers, each with the prompt."""
-        return sum(answer.length for answer in self.answers)
+    prompt_key: int
+    lengths: tuple[int, int]
+    """Tokens of the prompt, and of the answer."""
 
     def example(self, examples: Sequence[TokenizedExample]) -> TokenizedExample:
-        """The row with these answers only."""
-        whole = examples[self.answers[0].row]
-        sides = [answer.side for answer in self.answers]
-        return replace(
-            whole,
-            completions=tuple(whole.completions[side] for side in sides),
-            roles=tuple(whole.roles[side] for side in sides),
-        )
+        """Its row, with no other answer."""
+        row, only = examples[self.row], slice(self.side, self.side + 1)
+        return replace(row, completions=row.completions[only], roles=row.roles[only])
 
 
 def reference_logps(
@@ -94,8 +79,9 @@ def reference_logps(
     answers: dict[bytes, _Answer] = {}
     for row, example in enumerate(examples):
         keys.append([completion_key(example, c) for c in example.completions])
-        for side, (key, length) in enumerate(zip(keys[-1], example.lengths, strict=True)):
-            answers.setdefault(key, _Answer(key, row, side, length))
+        for side, (key, completion) in enumerate(zip(keys[-1], example.completions, strict=True)):
+            lengths = (len(example.prompt_ids), len(completion.ids))
+            answers.setdefault(key, _Answer(key, row, side, example.prompt_key, lengths))
     shared = (examples, model, store, layout, device)
     rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
     # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
@@ -133,8 +119,11 @@ def _compute_shards(
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[bytes, StoredLogps], int]:
-    groups = [_Group(tuple(answers)) for _, answers in groupby(missing, lambda a: a.row)]
-    batches = token_budget_batches([g.length for g in groups], MAX_TOKENS_PER_MICRO_BATCH)
+    sizes = RowSizes(
+        np.array([answer.prompt_key for answer in missing], dtype=np.uint64),
+        np.array([answer.lengths for answer in missing], dtype=np.int64).reshape(-1, 2),
+    )
+    batches = sorted_batches(sizes, layout, max_tokens=MAX_TOKENS_PER_MICRO_BATCH)
     values: dict[bytes, StoredLogps] = {}
     num_computed = 0
 
@@ -143,8 +132,8 @@ def _compute_shards(
             progress(len(values) + num_more, len(missing))
 
     for index, start in enumerate(range(0, len(batches), MICRO_BATCHES_PER_SHARD)):
-        shard = [[groups[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
-        keys = [answer.key for batch in shard for group in batch for answer in group.answers]
+        shard = [[missing[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
+        keys = [answer.key for batch in shard for answer in batch]
         path = store.shard_path(pass_id, index)
         stored = store.read_shard(path) if path.exists() else {}
         if any(key not in stored for key in keys):
@@ -159,16 +148,15 @@ def _compute_shards(
 @torch.no_grad()
 def _compute_shard(
     model: nn.Module,
-    batches: list[list[_Group]],
+    batches: list[list[_Answer]],
     examples: Sequence[TokenizedExample],
     layout: LayoutName,
     device: torch.device,
     report: Callable[[int], None],
 ) -> dict[bytes, StoredLogps]:
     values: dict[bytes, StoredLogps] = {}
-    for batch in batches:
-        rows = [group.example(examples) for group in batch]
-        answers = [answer for group in batch for answer in group.answers]
+    for answers in batches:
+        rows = [answer.example(examples) for answer in answers]
         result = pair_logps(model, build_layout(rows, layout).to(device))
         for answer, total, per_token in zip(
             answers, result.sums.tolist(), result.per_token, strict=True

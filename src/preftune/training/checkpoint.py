@@ -51,7 +51,7 @@ def save_checkpoint(
         document = {
             "version": VERSION,
             "step": state.step,
-            "num_tokens": state.num_tokens,
+            "num_tokens": int(state.num_tokens),
             "window": window,
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_state(),
@@ -122,7 +122,7 @@ def load_checkpoint(
     _restore_weights(folder, weights, model)
     _restore_optimizer(optimizer, state, model)
     state.step = document["step"]
-    state.num_tokens = document["num_tokens"]
+    state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from preftune.batching.sampler import PairSampler, split_micro_batches
+from preftune.batching.micro_batches import MicroBatching
+from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import Interrupted, TrainingDiverged
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import LaidOut, PairBatcher, PreferenceObjective
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.tracking.tracker import Tracker
+from preftune.training.ahead import Ahead
 from preftune.training.optimizer import Schedule
 from preftune.training.signals import StopRequest, stop_on_signal
 from preftune.training.step import TrainState, train_step
@@ -35,6 +38,7 @@ class TrainingLoop:
     objective: PreferenceObjective
     batcher: PairBatcher
     sampler: PairSampler
+    micro_batching: MicroBatching
     schedule: Schedule
     num_steps: int
     trackers: Sequence[Tracker]
@@ -45,9 +49,9 @@ class TrainingLoop:
     """Write a checkpoint of the state as it is."""
     _window_began: float = field(default_factory=time.perf_counter)
     _window_pairs: int = 0
-    _window_tokens: int = 0
+    _window_tokens_before: int = 0
     _window_steps: int = 0
-    _unchecked: dict[int, int] = field(default_factory=dict)
+    _unchecked: dict[int, Tensor] = field(default_factory=dict)
     """Step -> tokens before it, of the steps whose finiteness has not been read yet."""
 
     def run(self) -> None:
@@ -61,30 +65,32 @@ class TrainingLoop:
         self._start_window()
         with (
             stop_on_signal() as request,
+            Ahead(self._lay_out, start, total) as laid_out,
             self.display.stage("train", total, "step", start) as update,
         ):
-            while self.state.step < total:
-                self._one_step()
+            for micro_batches in laid_out:
+                self._one_step(micro_batches)
                 self._after_step(update, request)
 
-    def _one_step(self) -> None:
-        config, runtime, step = self.config, self.runtime, self.state.step
-        rows = self.sampler.batch(step)
-        shares = split_micro_batches(
-            rows, config.per_device_train_batch_size, runtime.rank, runtime.world_size
+    def _lay_out(self, step: int) -> list[LaidOut]:
+        runtime = self.runtime
+        shares = self.micro_batching.split(
+            self.sampler.batch(step), runtime.rank, runtime.world_size
         )
-        tokens_before = self.state.num_tokens
-        self._unchecked[step + 1] = tokens_before
+        return [self.batcher.lay_out(share) for share in shares]
+
+    def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
+        step = self.state.step
+        self._unchecked[step + 1] = self.state.num_tokens
         train_step(
             self.state,
-            [self.batcher(share) for share in shares],
+            [self.batcher.place(laid_out) for laid_out in micro_batches],
             self.objective,
-            runtime,
+            self.runtime,
             learning_rate=self.schedule(step),
-            max_grad_norm=config.max_grad_norm,
+            max_grad_norm=self.config.max_grad_norm,
         )
-        self._window_pairs += len(rows)
-        self._window_tokens += self.state.num_tokens - tokens_before
+        self._window_pairs += len(self.sampler.batch(step))
         self._window_steps += 1
 
     def _after_step(self, update: Update, request: StopRequest) -> None:
@@ -115,13 +121,14 @@ class TrainingLoop:
     def _logged_metrics(self) -> dict[str, float]:
         means = self.state.window.means(self.runtime.all_reduce)  # host sync
         self.state.window.clear()
+        num_tokens = int(self.state.num_tokens)
         seconds = time.perf_counter() - self._window_began
         record = {
             **means,
             "epoch": self.sampler.epoch_at(self.state.step),
-            "num_tokens": self.state.num_tokens,
+            "num_tokens": num_tokens,
             "perf/pairs_per_second": self._window_pairs / seconds,
-            "perf/tokens_per_second": self._window_tokens / seconds,
+            "perf/tokens_per_second": (num_tokens - self._window_tokens_before) / seconds,
             "perf/step_seconds": seconds / self._window_steps,
             "perf/peak_memory_gib": peak_memory_gib(self.runtime.device),
         }
@@ -145,7 +152,8 @@ class TrainingLoop:
 
     def _start_window(self) -> None:
         self._window_began = time.perf_counter()
-        self._window_pairs = self._window_tokens = self._window_steps = 0
+        self._window_tokens_before = int(self.state.num_tokens)
+        self._window_pairs = self._window_steps = 0
 
     def _stop_if_diverged(self) -> None:
         bad_step = int(self.state.bad_step)

@@ -21,13 +21,20 @@ class TrainState:
     optimizer: Any
     step: int
     """Optimizer steps done."""
-    num_tokens: int
-    """Tokens forwarded in training by all ranks so far, padding left out."""
+    num_tokens: Tensor
+    """Device scalar, fp64: tokens forwarded in training by all ranks so far, padding left out."""
     bad_step: Tensor
     """Device scalar: the first step, counted from 1, whose loss or gradient was not finite; 0 while
     there is none. From then on no update is applied, so the weights stay those from before it."""
     window: MetricSums
     """Metrics since the last logging step."""
+
+    @classmethod
+    def at_start(cls, model: nn.Module, optimizer: Any, device: torch.device) -> "TrainState":
+        """Before the first step."""
+        num_tokens = torch.zeros((), dtype=torch.float64, device=device)
+        bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(model, optimizer, 0, num_tokens, bad_step, MetricSums())
 
 
 def train_step(
@@ -42,8 +49,7 @@ def train_step(
     """Train on one global batch.
 
     The gradient is that of sum(loss) / count over the pairs of all micro-batches of all ranks, so
-    it does not depend on how the batch was dealt. On one process nothing here waits for the
-    device; on several, the count of pairs does.
+    it does not depend on how the batch was dealt. Nothing here makes the host wait for the device.
 
     Args:
         state: changed in place.
@@ -53,18 +59,16 @@ def train_step(
         learning_rate: of this step.
         max_grad_norm: clip the global L2 norm to this; None or 0 is off.
     """
-    device = runtime.device
+    on_device: dict[str, Any] = {"dtype": torch.float64, "device": runtime.device}
     # Counted first, over every rank, because each backward below needs it.
     num_pairs = sum(mb.num_pairs for mb in micro_batches)
     num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_pairs)
-    counts = torch.tensor([num_pairs, num_tokens], dtype=torch.float64)
-    if runtime.world_size > 1:
-        counts = runtime.all_reduce(counts.to(device)).cpu()  # host sync
-    global_pairs, global_tokens = (int(count) for count in counts)
+    counts = torch.stack([torch.full((), n, **on_device) for n in (num_pairs, num_tokens)])
+    global_pairs, global_tokens = runtime.all_reduce(counts)
 
     # ---------------------------------------------------------------- forward and backward
     state.model.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), **on_device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         with runtime.accumulate(state.model, is_last=number == len(micro_batches)):
             output = objective(state.model, micro_batch)
@@ -87,4 +91,4 @@ def train_step(
     state.window.add("grad_norm", grad_norm, 1)
     state.window.add("learning_rate", learning_rate, 1)
     state.step += 1
-    state.num_tokens += global_tokens
+    state.num_tokens = state.num_tokens + global_tokens

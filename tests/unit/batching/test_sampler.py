@@ -1,16 +1,9 @@
 """The order of the data is a pure function of seed and step."""
 
-from collections import Counter
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.batching.sampler import (
-    PairSampler,
-    length_sorted_batches,
-    split_micro_batches,
-    token_budget_batches,
-)
+from preftune.batching.sampler import PairSampler
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.booleans())
@@ -40,24 +33,3 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 def test_without_shuffling_the_order_is_the_datasets():
     assert PairSampler(5, 2, seed=0, shuffle=False).batch(2) == [4]
-
-
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4))
-def test_ranks_share_a_batch_and_make_equally_many_micro_batches(rows, micro, world):
-    batch = list(range(rows))
-    shares = [split_micro_batches(batch, micro, rank, world) for rank in range(world)]
-    assert Counter(r for share in shares for mb in share for r in mb) == Counter(batch)
-    assert len({len(share) for share in shares}) == 1
-    assert all(len(mb) <= micro for share in shares for mb in share)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
-def test_token_budgets_hold_and_nothing_is_lost(lengths, budget):
-    batches = token_budget_batches(lengths, budget)
-    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-
-
-def test_length_sorted_batches_go_from_long_to_short():
-    assert length_sorted_batches([1, 5, 3, 5], 2) == [[1, 3], [2, 0]]

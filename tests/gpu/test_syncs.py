@@ -1,0 +1,43 @@
+"""A step on a GPU makes the host wait for nothing: CUDA itself raises where it would."""
+
+import pytest
+import torch
+
+from preftune.distributed.runtime import Runtime
+from preftune.losses import DPO
+from preftune.model.forward import PolicyModel
+from preftune.model.layout_choice import choose_layout
+from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.training.step import TrainState, train_step
+from tests.examples import make_examples
+from tests.tiny import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def test_a_step_waits_for_nothing():
+    runtime = Runtime("bf16", seed=0)
+    policy = PolicyModel(tiny_model().to(runtime.device))
+    layout = choose_layout(policy, "shared_prefix", "auto", 200).name
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
+    model, prepared = runtime.prepare(policy, optimizer)
+    state = TrainState.at_start(model, prepared, runtime.device)
+    examples = make_examples(8)
+    reference = torch.zeros(8, 2, dtype=torch.float64, device=runtime.device)
+    batcher = PairBatcher(examples, reference, layout, runtime.device)
+    objective = PreferenceObjective(DPO(beta=0.1))
+
+    def step() -> None:
+        micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
+        train_step(state, micro_batches, objective, runtime, learning_rate=1e-4, max_grad_norm=1.0)
+
+    step()  # kernels load and buffers are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(state.bad_step) == 0
