@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from preftune.batching.layout import Layout
 from preftune.batching.sampler import PairSampler, split_micro_batches
 from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
@@ -58,7 +59,7 @@ def short_training(
         policy,
         examples,
         ReferenceStore(cache, "harness", {}),
-        layout="concatenated",
+        layout=Layout("concatenated"),
         device=runtime.device,
     ).sums
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +75,7 @@ def short_training(
     )
     model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
     state = TrainState(model, prepared, 0, 0, torch.zeros((), dtype=torch.int64), MetricSums())
-    batcher = PairBatcher(examples, reference, "concatenated", runtime.device)
+    batcher = PairBatcher(examples, reference, Layout("concatenated"), runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
     sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
     trace = Trace([], [], start, 0.0)

@@ -16,6 +16,7 @@ from preftune.model.logprob_head import (
     head_chunk_size,
     token_logps,
 )
+from preftune.model.rope import forget_earlier_calls
 
 FORWARD_VERSION = 2
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
@@ -56,6 +57,7 @@ class PolicyModel(nn.Module):
             use_cache: let the model keep keys and values, which nothing here reads.
         """
         super().__init__()
+        forget_earlier_calls(model)
         self.model = model
         self.compact_head = compact_head
         self.use_cache = use_cache

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from preftune.batching.layout import LayoutName, PairLayout, build_layout
+from preftune.batching.layout import Layout, LengthLimits, PairLayout, build_layout
 from preftune.config.dpo import ForwardLayout
 from preftune.errors import ModelError
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
+from preftune.model.rope import length_limits
 from preftune.schema import Completion, TokenizedExample
 
 # Mean and largest difference of a token's log-prob, nats: rounding, against a wrong mask, which
@@ -18,10 +19,9 @@ TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 2e-3), torch.bf
 
 
 @dataclass(frozen=True)
-class LayoutChoice:
-    """How rows go through a model."""
+class LayoutChoice(Layout):
+    """How rows go through a model, whose limits it knows."""
 
-    name: LayoutName
     why: str = ""
     """Why it is not `shared_prefix`, where that was wanted."""
 
@@ -37,36 +37,38 @@ def choose_layout(
         policy: in eval mode, on its device.
         wanted: `auto` falls back to `concatenated`.
         attention: `attn_implementation` as the user gave it; `auto` and `sdpa` have a packed form.
-        longest: tokens of the longest row: the probe reaches past a sliding window only if rows do.
+        longest: tokens of the longest row: the probe reaches past a sliding window, and over a
+            limit of length, only if rows do.
 
     Raises:
         ModelError: `shared_prefix` is wanted, and the model does not follow it.
     """
+    limits = length_limits(policy.model.config)
     if wanted in ("concatenated", "separate"):
-        return LayoutChoice(wanted)
+        return LayoutChoice(wanted, limits)
     if attention in ("auto", "sdpa"):
-        why = _take_packed_attention(policy, longest)
+        why = _take_packed_attention(policy, limits, longest)
     else:
         why = f"attn_implementation {attention} has no packed form"
     if why is None:
-        return LayoutChoice("shared_prefix")
+        return LayoutChoice("shared_prefix", limits)
     if wanted == "shared_prefix":
         raise ModelError(
             f"forward_layout is 'shared_prefix', and {why}; leave it out, and the pairs are padded"
         )
-    return LayoutChoice("concatenated", why)
+    return LayoutChoice("concatenated", limits, why)
 
 
-def _take_packed_attention(policy: PolicyModel, longest: int) -> str | None:
+def _take_packed_attention(policy: PolicyModel, limits: LengthLimits, longest: int) -> str | None:
     """Exchange the attention function; put it back and say why, if the model does not follow."""
     model = policy.model
     before = model.config._attn_implementation
     assert before is not None  # transformers has chosen one by now
-    examples = _probe_examples(model, longest)
-    padded = _per_token(policy, build_layout(examples, "concatenated"))
+    examples = _probe_examples(model, limits, longest)
+    padded = _per_token(policy, build_layout(examples, Layout("concatenated", limits)))
     try:
         model.set_attn_implementation(SEGMENTS)
-        why = _differs(policy, examples, padded)
+        why = _differs(policy, build_layout(examples, Layout("shared_prefix", limits)), padded)
     except Exception as error:  # whatever a model does with a name or a keyword it does not know
         why = f"its attention cannot be exchanged ({type(error).__name__}: {_first_line(error)})"
     if why is not None:
@@ -75,16 +77,13 @@ def _take_packed_attention(policy: PolicyModel, longest: int) -> str | None:
     return None
 
 
-def _differs(
-    policy: PolicyModel, examples: list[TokenizedExample], padded: torch.Tensor
-) -> str | None:
-    layout = build_layout(examples, "shared_prefix")
+def _differs(policy: PolicyModel, layout: PairLayout, padded: torch.Tensor) -> str | None:
     packed = _per_token(policy, layout)
-    (block,) = layout.blocks
-    assert block.segments is not None
-    calls, layers = block.segments.calls, policy.model.config.get_text_config().num_hidden_layers
-    if len(calls) != layers:
-        return f"{len(calls)} of its {layers} layers called the packed attention"
+    layers = policy.model.config.get_text_config().num_hidden_layers
+    for block in layout.blocks:
+        assert block.segments is not None
+        if len(block.segments.calls) != layers:
+            return f"{len(block.segments.calls)} of its {layers} layers called the packed attention"
     off = (packed - padded).abs()
     mean, largest = TOLERANCES[policy.model.dtype]
     if not (off.mean() <= mean and off.max() <= largest):
@@ -98,11 +97,15 @@ def _per_token(policy: PolicyModel, layout: PairLayout) -> torch.Tensor:
     return torch.cat(pair_logps(policy, layout.to(device)).per_token).double()
 
 
-def _probe_examples(model: PreTrainedModel, longest: int) -> list[TokenizedExample]:
-    """Three pairs, two of them on one prompt, past the sliding window where rows can be."""
+def _probe_examples(
+    model: PreTrainedModel, limits: LengthLimits, longest: int
+) -> list[TokenizedExample]:
+    """Three pairs, two of them on one prompt, past window and limits where rows can be."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    long = window + 8 if window and longest > window else 11
+    crossed = [limit for limit in (*limits.switches, limits.start) if limit and longest > limit]
+    # The answers to the long prompt end before and behind a limit.
+    long = max(11, window + 8 if longest > window else 0, *(limit - 6 for limit in crossed))
     generator = torch.Generator().manual_seed(0)
     top = min(config.vocab_size, 1000)
 

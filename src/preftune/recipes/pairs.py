@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -203,7 +202,6 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
             f"{longest} of {dataset.name} has {length} tokens, and "
             f"{config.model_name_or_path} only {positions} positions; set --max_length {positions}"
         )
-    _check_rope(config, model_config, longest, length)
     if examples.highest_id >= model_config.vocab_size:
         raise ModelError(
             f"the tokenizer makes token {examples.highest_id}, and {config.model_name_or_path} has "
@@ -216,17 +214,6 @@ def _longest(examples: TokenRows) -> tuple[str, int]:
     """Row id and length in tokens of the longest side."""
     row = int(examples.longest_side.argmax())
     return examples[row].row_id, int(examples.longest_side[row])
-
-
-def _check_rope(config: ModelConfig, model_config: Any, longest: str, length: int) -> None:
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    if kind in ("longrope", "dynamic") and original and length > original:
-        raise ConfigError(
-            f"{longest} has {length} tokens; past {original} the {kind} positions of "
-            f"{config.model_name_or_path} change with the longest row of a batch, and log-probs "
-            f"with them; set --max_length {original}"
-        )
 
 
 def describe_counts(dataset: PairDataset) -> str:

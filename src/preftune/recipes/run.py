@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from preftune.batching.layout import LayoutName
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -64,7 +63,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout: LayoutName = layout.name
+        self.layout = layout
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from preftune.batching.layout import LayoutName
+from preftune.batching.layout import Layout
 from preftune.batching.sampler import length_sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
@@ -146,7 +146,7 @@ def score_model(
         return score_examples(
             model,
             examples,
-            layout.name,
+            layout,
             config.per_device_eval_batch_size,
             runtime.device,
             update,
@@ -157,7 +157,7 @@ def score_model(
 def score_examples(
     model: torch.nn.Module,
     examples: Sequence[TokenizedExample],
-    layout: LayoutName,
+    layout: Layout,
     batch_size: int,
     device: torch.device,
     update: Callable[[int], None] = lambda done: None,

@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from preftune.batching.layout import LayoutName, build_layout
+from preftune.batching.layout import Layout, build_layout
 from preftune.batching.sampler import token_budget_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
@@ -76,7 +76,7 @@ def reference_logps(
     examples: Sequence[TokenizedExample],
     store: ReferenceStore,
     *,
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     progress: Progress | None = None,
 ) -> ReferenceLogps:
@@ -129,7 +129,7 @@ def _compute_shards(
     examples: Sequence[TokenizedExample],
     model: nn.Module,
     store: ReferenceStore,
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[bytes, StoredLogps], int]:
@@ -161,7 +161,7 @@ def _compute_shard(
     model: nn.Module,
     batches: list[list[_Group]],
     examples: Sequence[TokenizedExample],
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     report: Callable[[int], None],
 ) -> dict[bytes, StoredLogps]:
