@@ -10,10 +10,7 @@ from preftune.batching.layout import LengthLimits
 
 def length_limits(config: PreTrainedConfig) -> LengthLimits:
     """Which lengths must not share a call of the model that `config` describes."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    # One set of parameters, or one for each type of layer.
-    kinds = [rope] if "rope_type" in rope else [k for k in rope.values() if isinstance(k, dict)]
+    kinds = _rope_parameters(config)
     switches = {
         int(kind["original_max_position_embeddings"])
         for kind in kinds
@@ -21,8 +18,26 @@ def length_limits(config: PreTrainedConfig) -> LengthLimits:
     }
     is_dynamic = any("dynamic" in kind["rope_type"] for kind in kinds)
     # Dynamic NTK counts from the positions of the model, whatever else its config says.
-    start = int(text.max_position_embeddings) if is_dynamic else None
+    start = int(config.get_text_config().max_position_embeddings) if is_dynamic else None
     return LengthLimits(tuple(sorted(switches)), start)
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a model takes; None where its config names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # Dynamic NTK names the positions that it stretches from.
+    factors = [
+        kind.get("factor") or 1.0
+        for kind in _rope_parameters(config)
+        if "dynamic" in kind["rope_type"]
+    ]
+    return positions if positions is None else int(positions * max(factors, default=1.0))
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """One set for all layers, or one for each type of layer; none without RoPE."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [k for k in rope.values() if isinstance(k, dict)]
 
 
 def forget_earlier_calls(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from preftune.data.splits import shares_prompt, split_by_prompt, without_prompts
 from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
+from preftune.model.rope import num_positions
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.training.run_folder import check_writable
 
@@ -196,7 +197,7 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
         )
     model_config = load_model_config(config).get_text_config()
     longest, length = _longest(examples)
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = num_positions(model_config)
     if positions is not None and length > positions:
         raise ConfigError(
             f"{longest} of {dataset.name} has {length} tokens, and "

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from preftune.batching.layout import Layout
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
@@ -152,7 +153,12 @@ def _look_at(
     model = runtime.prepare_for_inference(loaded.policy)
     with display.stage("score", len(held_out.examples), "pair") as update:
         scores = score_examples(
-            model, held_out.examples, "concatenated", SCORE_BATCH_SIZE, runtime.device, update
+            model,
+            held_out.examples,
+            Layout("concatenated"),
+            SCORE_BATCH_SIZE,
+            runtime.device,
+            update,
         )
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     answers = greedy_answers(

@@ -17,7 +17,7 @@ from preftune.model import forward, layout_choice
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.layout_choice import choose_layout
-from preftune.model.rope import length_limits
+from preftune.model.rope import length_limits, num_positions
 from preftune.schema import Completion, TokenizedExample
 
 LIMIT = 24
@@ -147,7 +147,16 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_limits_are_read_from_the_config(name: str) -> None:
-    assert length_limits(fresh_model(name).config) == KINDS[name][2]
+    config = fresh_model(name).config
+    assert length_limits(config) == KINDS[name][2]
+    # Dynamic NTK goes on past the positions that its config names.
+    assert num_positions(config) == 96
+
+
+def test_a_model_without_rope_has_no_limits() -> None:
+    assert length_limits(transformers.GPT2Config()) == LengthLimits()
+    assert num_positions(transformers.GPT2Config()) == 1024
+    assert num_positions(transformers.MambaConfig()) is None
 
 
 @pytest.mark.parametrize("wanted", LAYOUTS)
