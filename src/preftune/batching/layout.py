@@ -128,6 +128,11 @@ class LengthLimits:
     start: int | None = None
     """dynamic NTK: past this every length has frequencies of its own."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The longest lengths that are as in any other model."""
+        return self.switches if self.start is None else (*self.switches, self.start)
+
     def key(self, length: int) -> tuple[int, ...]:
         """Equal for lengths that may share a call."""
         own = () if self.start is None else (max(length, self.start),)

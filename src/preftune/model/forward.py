@@ -16,7 +16,7 @@ from preftune.model.logprob_head import (
     head_chunk_size,
     token_logps,
 )
-from preftune.model.rope import forget_earlier_calls
+from preftune.model.rope import forget_earlier_calls, length_limits
 
 FORWARD_VERSION = 2
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
@@ -59,6 +59,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         forget_earlier_calls(model)
         self.model = model
+        self.limits = length_limits(model.config)
         self.compact_head = compact_head
         self.use_cache = use_cache
         self.transform = (

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from preftune.batching.layout import Layout, LengthLimits, PairLayout, build_layout
+from preftune.batching.layout import Layout, LayoutName, PairLayout, build_layout
 from preftune.config.dpo import ForwardLayout
 from preftune.errors import ModelError
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
-from preftune.model.rope import length_limits
 from preftune.schema import Completion, TokenizedExample
 
 # Mean and largest difference of a token's log-prob, nats: rounding, against a wrong mask, which
@@ -19,9 +17,10 @@ TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 2e-3), torch.bf
 
 
 @dataclass(frozen=True)
-class LayoutChoice(Layout):
-    """How rows go through a model, whose limits it knows."""
+class LayoutChoice:
+    """How rows go through a model."""
 
+    name: LayoutName
     why: str = ""
     """Why it is not `shared_prefix`, where that was wanted."""
 
@@ -37,38 +36,37 @@ def choose_layout(
         policy: in eval mode, on its device.
         wanted: `auto` falls back to `concatenated`.
         attention: `attn_implementation` as the user gave it; `auto` and `sdpa` have a packed form.
-        longest: tokens of the longest row: the probe reaches past a sliding window, and over a
-            limit of length, only if rows do.
+        longest: tokens of the longest row: the probe reaches past a sliding window, and a limit of
+            length, only if rows do.
 
     Raises:
         ModelError: `shared_prefix` is wanted, and the model does not follow it.
     """
-    limits = length_limits(policy.model.config)
     if wanted in ("concatenated", "separate"):
-        return LayoutChoice(wanted, limits)
+        return LayoutChoice(wanted)
     if attention in ("auto", "sdpa"):
-        why = _take_packed_attention(policy, limits, longest)
+        why = _take_packed_attention(policy, longest)
     else:
         why = f"attn_implementation {attention} has no packed form"
     if why is None:
-        return LayoutChoice("shared_prefix", limits)
+        return LayoutChoice("shared_prefix")
     if wanted == "shared_prefix":
         raise ModelError(
             f"forward_layout is 'shared_prefix', and {why}; leave it out, and the pairs are padded"
         )
-    return LayoutChoice("concatenated", limits, why)
+    return LayoutChoice("concatenated", why)
 
 
-def _take_packed_attention(policy: PolicyModel, limits: LengthLimits, longest: int) -> str | None:
+def _take_packed_attention(policy: PolicyModel, longest: int) -> str | None:
     """Exchange the attention function; put it back and say why, if the model does not follow."""
     model = policy.model
     before = model.config._attn_implementation
     assert before is not None  # transformers has chosen one by now
-    examples = _probe_examples(model, limits, longest)
-    padded = _per_token(policy, build_layout(examples, Layout("concatenated", limits)))
+    examples = _probe_examples(policy, longest)
+    padded = _per_token(policy, build_layout(examples, Layout("concatenated", policy.limits)))
     try:
         model.set_attn_implementation(SEGMENTS)
-        why = _differs(policy, build_layout(examples, Layout("shared_prefix", limits)), padded)
+        why = _differs(policy, examples, padded)
     except Exception as error:  # whatever a model does with a name or a keyword it does not know
         why = f"its attention cannot be exchanged ({type(error).__name__}: {_first_line(error)})"
     if why is not None:
@@ -77,7 +75,10 @@ def _take_packed_attention(policy: PolicyModel, limits: LengthLimits, longest: i
     return None
 
 
-def _differs(policy: PolicyModel, layout: PairLayout, padded: torch.Tensor) -> str | None:
+def _differs(
+    policy: PolicyModel, examples: list[TokenizedExample], padded: torch.Tensor
+) -> str | None:
+    layout = build_layout(examples, Layout("shared_prefix", policy.limits))
     packed = _per_token(policy, layout)
     layers = policy.model.config.get_text_config().num_hidden_layers
     for block in layout.blocks:
@@ -97,15 +98,13 @@ def _per_token(policy: PolicyModel, layout: PairLayout) -> torch.Tensor:
     return torch.cat(pair_logps(policy, layout.to(device)).per_token).double()
 
 
-def _probe_examples(
-    model: PreTrainedModel, limits: LengthLimits, longest: int
-) -> list[TokenizedExample]:
+def _probe_examples(policy: PolicyModel, longest: int) -> list[TokenizedExample]:
     """Three pairs, two of them on one prompt, past window and limits where rows can be."""
-    config = model.config.get_text_config()
+    config = policy.model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    crossed = [limit for limit in (*limits.switches, limits.start) if limit and longest > limit]
     # The answers to the long prompt end before and behind a limit.
-    long = max(11, window + 8 if longest > window else 0, *(limit - 6 for limit in crossed))
+    crossed = [limit - 6 for limit in policy.limits.lengths if longest > limit]
+    long = max(11, window + 8 if longest > window else 0, *crossed)
     generator = torch.Generator().manual_seed(0)
     top = min(config.vocab_size, 1000)
 

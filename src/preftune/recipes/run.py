@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from preftune.batching.layout import Layout
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -63,7 +64,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout = layout
+        self.layout = Layout(layout.name, loaded.policy.limits)
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None

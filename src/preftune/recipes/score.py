@@ -146,7 +146,7 @@ def score_model(
         return score_examples(
             model,
             examples,
-            layout,
+            Layout(layout.name, loaded.policy.limits),
             config.per_device_eval_batch_size,
             runtime.device,
             update,
