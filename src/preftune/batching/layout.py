@@ -6,7 +6,7 @@ object, so a way to the same numbers is never a branch elsewhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,11 +108,13 @@ class PairLayout:
     num_completions: int
     num_tokens: int
     """Real tokens forwarded, prompts counted as often as they are computed; no padding."""
+    one_at_a_time: bool = False
+    """Whether activations of one block exist at a time: all but the last block's are made again in
+    the backward."""
 
     def to(self, device: torch.device) -> "PairLayout":
         """The same layout with its tensors on `device`."""
-        blocks = tuple(block.to(device) for block in self.blocks)
-        return PairLayout(blocks, self.num_completions, self.num_tokens)
+        return replace(self, blocks=tuple(block.to(device) for block in self.blocks))
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutNa
         examples: the rows of the micro-batch; all with the same number of answers.
         layout: `shared_prefix` packs all rows into one, without padding, each prompt once;
             `concatenated` runs all answers in one call of the model, padded to the longest;
-            `separate` makes one call for the chosen and one for the rejected answers, which pads
-            less where the two sides differ in length. Its limits make several calls of one. A bare
-            name has no limits.
+            `separate` makes one call for the chosen and one for the rejected answers, and keeps
+            the activations of one call at a time. Its limits make several calls of one. A bare name
+            has no limits.
 
     Returns:
         The layout, on the CPU.
@@ -179,7 +181,7 @@ def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutNa
     else:
         blocks = tuple(_padded_block(sequences, group) for group in groups)
         num_tokens = sum(sequence.length for sequence in sequences)
-    return PairLayout(blocks, len(sequences), num_tokens)
+    return PairLayout(blocks, len(sequences), num_tokens, layout.name == "separate")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from preftune.batching.layout import Block, build_layout
@@ -23,6 +18,7 @@ from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.logprob_head import HeadTransform, head_chunk_size, token_logps
 from tests.examples import make_examples
+from tests.memory import Memory, saved_sizes
 from tests.tiny import tiny_model
 
 PLAIN = HeadTransform()
@@ -37,45 +33,6 @@ GIB = 2**30
 
 class Subclass(nn.Linear):
     """As quantised layers and adapters are: a Linear, but not exactly."""
-
-
-class Memory(TorchDispatchMode):
-    """The bytes that operators' results hold at once, and which results there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-        self.results: Counter[tuple[str, tuple[int, ...]]] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.live[StorageWeakRef(storage)] = storage.nbytes()
-                self.results[str(func), tuple(tensor.shape)] += 1
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
-
-
-def saved_sizes(run: Callable[[], Any], model: nn.Module | None = None) -> list[int]:
-    """Bytes of each storage that autograd keeps for the backward of `run`, parameters aside."""
-    storages: dict[int, int] = {}
-    parameters = [] if model is None else list(model.parameters())
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    del kept
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    return [size for storage, size in storages.items() if storage not in own]
 
 
 def make_head(
