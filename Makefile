@@ -46,6 +46,7 @@ check: $(VENV)/.dev  ## format, lint, types, import direction
 
 bench: $(VENV)/.dev  ## measure speed and memory
 	$(BIN)/python benchmarks/step_rate.py
+	$(BIN)/python benchmarks/layout_memory.py
 	$(BIN)/python benchmarks/tokenise.py
 
 fmt: $(VENV)/.dev

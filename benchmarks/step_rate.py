@@ -11,20 +11,18 @@ products in the same precision.
 """
 
 import argparse
-import math
 import statistics
 import time
 from contextlib import nullcontext
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import make_examples, make_model
 
 from preftune.batching.layout import build_layout
 from preftune.losses import DPO
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel
 from preftune.objective import MicroBatch, PreferenceObjective
-from preftune.schema import Completion, TokenizedExample
 
 LAYOUTS = ("shared_prefix", "concatenated", "separate")
 
@@ -34,7 +32,8 @@ def main() -> None:
     options = parse()
     torch.manual_seed(0)
     model = make_model(options.layers)
-    examples = make_examples(options)
+    lengths = (options.prompt, options.chosen, options.rejected)
+    examples = make_examples(options.pairs, *lengths, spread=options.spread)
     objective = PreferenceObjective(DPO(beta=0.1))
     autocast = (
         torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext()
@@ -81,40 +80,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     return parser.parse_args()
-
-
-def make_model(layers: int) -> PolicyModel:
-    """A random Llama of SmolLM2-135M's width."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return PolicyModel(LlamaForCausalLM(config))
-
-
-def make_examples(options: argparse.Namespace) -> list[TokenizedExample]:
-    """Pairs of random tokens; lengths are log-normal around the given medians."""
-
-    def ids(median: int) -> tuple[int, ...]:
-        length = max(1, round(median * math.exp(options.spread * torch.randn(()).item())))
-        return tuple(torch.randint(49152, (length,)).tolist())
-
-    return [
-        TokenizedExample(
-            f"row-{i}",
-            ids(options.prompt),
-            (Completion(ids(options.chosen)), Completion(ids(options.rejected))),
-            ("chosen", "rejected"),
-            "random",
-            i,
-        )
-        for i in range(options.pairs)
-    ]
 
 
 def step_flops(model: PolicyModel, layout) -> float:

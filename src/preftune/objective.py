@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from preftune.batching.layout import LayoutName, PairLayout, build_layout
+from preftune.batching.layout import Layout, PairLayout, build_layout
 from preftune.losses import Loss, PairLogps
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.schema import TokenizedExample
@@ -56,7 +56,7 @@ class PairBatcher:
 
     examples: Sequence[TokenizedExample]
     reference: Tensor | None
-    layout: LayoutName
+    layout: Layout
     device: torch.device
     """Where micro-batches go; `reference` is there."""
 

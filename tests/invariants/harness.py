@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, RowSizes
 from preftune.batching.sampler import PairSampler
 from preftune.config.training import TrainingConfig
@@ -58,7 +59,7 @@ def short_training(
         policy,
         examples,
         ReferenceStore(cache, "harness", {}),
-        layout="concatenated",
+        layout=Layout("concatenated"),
         device=runtime.device,
     ).sums
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +75,7 @@ def short_training(
     )
     model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
     state = TrainState.at_start(model, prepared, runtime.device)
-    batcher = PairBatcher(examples, reference, "concatenated", runtime.device)
+    batcher = PairBatcher(examples, reference, Layout("concatenated"), runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
     sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
     batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)

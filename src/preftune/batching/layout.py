@@ -7,7 +7,7 @@ object, so a way to the same numbers is never a branch elsewhere.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -107,6 +107,9 @@ class PairLayout:
     num_completions: int
     num_tokens: int
     """Real tokens forwarded, prompts counted as often as they are computed; no padding."""
+    one_at_a_time: bool = False
+    """Whether activations of one block exist at a time: all but the last block's are made again in
+    the backward."""
 
     def to(self, device: torch.device) -> "PairLayout":
         """The same layout with its tensors on `device`."""
@@ -117,51 +120,109 @@ class PairLayout:
         return replace(self, blocks=tuple(block.pinned() for block in self.blocks))
 
 
-def build_layout(examples: Sequence[TokenizedExample], name: LayoutName) -> PairLayout:
+@dataclass(frozen=True)
+class LengthLimits:
+    """Which sequences may not share a call of the model, by their lengths.
+
+    Some kinds of RoPE take their frequencies from the longest sequence of a call: beside a long one
+    a short one would have other log-probs than alone. Empty for all other models.
+    """
+
+    switches: tuple[int, ...] = ()
+    """longrope: sequences longer than this have one set of frequencies, the others another."""
+    start: int | None = None
+    """dynamic NTK: past this every length has frequencies of its own."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The longest lengths that are as in any other model."""
+        return self.switches if self.start is None else (*self.switches, self.start)
+
+    def key(self, length: int) -> tuple[int, ...]:
+        """Equal for lengths that may share a call."""
+        own = () if self.start is None else (max(length, self.start),)
+        return (*(int(length > switch) for switch in self.switches), *own)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of any micro-batch go through a model."""
+
+    name: LayoutName
+    limits: LengthLimits = LengthLimits()
+
+
+def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutName) -> PairLayout:
     """Lay out the answers of a micro-batch.
 
     Args:
         examples: the rows of the micro-batch; all with the same number of answers.
-        name: `shared_prefix` packs all rows into one, without padding, each prompt once;
+        layout: `shared_prefix` packs all rows into one, without padding, each prompt once;
             `concatenated` runs all answers in one call of the model, padded to the longest;
-            `separate` makes one call for the chosen and one for the rejected answers, which pads
-            less where the two sides differ in length.
+            `separate` makes one call for the chosen and one for the rejected answers, and keeps
+            the activations of one call at a time. Its limits make several calls of one. A bare name
+            has no limits.
 
     Returns:
         The layout, on the CPU.
     """
-    if name == "shared_prefix":
-        block = _packed_block(examples)
-        return PairLayout((block,), len(block.completion_ids), block.input_ids.shape[1])
+    if isinstance(layout, str):
+        layout = Layout(layout)
     sequences = [
-        _Sequence(example.prompt_ids, completion.ids, completion.scored)
+        _Sequence(example.prompt_ids, completion)
         for example in examples
         for completion in example.completions
     ]
-    everyone = list(range(len(sequences)))
-    match name:
-        case "concatenated":
-            groups = [everyone]
-        case "separate":
-            per_example = len(examples[0].completions) if examples else 1
-            groups = [everyone[side::per_example] for side in range(per_example)]
-        case _:
-            assert_never(name)
-    blocks = tuple(_padded_block(sequences, group) for group in groups)
-    return PairLayout(blocks, len(sequences), sum(s.length for s in sequences))
+    groups = [list(range(len(sequences)))]
+    if layout.name == "separate":
+        per_example = len(examples[0].completions) if examples else 1
+        groups = [groups[0][side::per_example] for side in range(per_example)]
+    groups = [part for group in groups for part in _kept_apart(sequences, group, layout.limits)]
+    if layout.name == "shared_prefix":
+        blocks = tuple(_packed_block(sequences, group) for group in groups)
+        num_tokens = sum(block.input_ids.numel() for block in blocks)
+    else:
+        blocks = tuple(_padded_block(sequences, group) for group in groups)
+        num_tokens = sum(sequence.length for sequence in sequences)
+    return PairLayout(blocks, len(sequences), num_tokens, layout.name == "separate")
 
 
-def _packed_block(examples: Sequence[TokenizedExample]) -> Block:
-    """All examples in one row; those with the same prompt share its tokens."""
-    answers: dict[tuple[int, ...], list[tuple[int, Completion]]] = {}
-    index = 0
-    for example in examples:
-        for completion in example.completions:
-            answers.setdefault(example.prompt_ids, []).append((index, completion))
-            index += 1
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A prompt and one answer to it."""
+
+    prompt: tuple[int, ...]
+    completion: Completion
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion.ids)
+
+    @property
+    def scored(self) -> list[int]:
+        """Which tokens of the answer the loss reads."""
+        ids, scored = self.completion.ids, self.completion.scored
+        return [offset for offset in range(len(ids)) if scored is None or scored[offset]]
+
+
+def _kept_apart(
+    sequences: list[_Sequence], group: list[int], limits: LengthLimits
+) -> list[list[int]]:
+    """The indices of `group` in parts that may share a call, shorter sequences first."""
+    parts: dict[tuple[int, ...], list[int]] = {}
+    for index in group:
+        parts.setdefault(limits.key(sequences[index].length), []).append(index)
+    return [parts[key] for key in sorted(parts)]
+
+
+def _packed_block(sequences: list[_Sequence], group: list[int]) -> Block:
+    """One row; sequences with the same prompt share its tokens."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index in group:
+        by_prompt.setdefault(sequences[index].prompt, []).append(index)
     row = _PackedRow()
-    for prompt, completions in answers.items():
-        row.add(prompt, completions)
+    for prompt, indices in by_prompt.items():
+        row.add(prompt, [(index, sequences[index]) for index in indices])
     return row.block()
 
 
@@ -177,24 +238,20 @@ class _PackedRow:
         self.lengths: list[int] = []
         self.completion_ids: list[int] = []
 
-    def add(self, prompt: Sequence[int], completions: Sequence[tuple[int, Completion]]) -> None:
+    def add(self, prompt: Sequence[int], answers: Sequence[tuple[int, _Sequence]]) -> None:
         """Append a prompt, and behind it its answers, each at the positions after the prompt."""
         start, stop = len(self.ids), len(self.ids) + len(prompt)
         self._append(prompt, first_position=0)
-        for number, (index, completion) in enumerate(completions):
+        for number, (index, sequence) in enumerate(answers):
+            ids, scored = sequence.completion.ids, sequence.scored
             begin = len(self.ids)
-            self._append(completion.ids, first_position=len(prompt))
+            self._append(ids, first_position=len(prompt))
             # The first answer stands right behind its prompt: one causal span for both.
             span = (start, start, start) if number == 0 else (begin, start, stop)
             self.spans.append(Span(span[0], len(self.ids), span[1], span[2]))
-            scored = [
-                offset
-                for offset in range(len(completion.ids))
-                if completion.scored is None or completion.scored[offset]
-            ]
             # The prompt's last token predicts the first token of every answer.
             self.score_positions += [begin + t - 1 if t else stop - 1 for t in scored]
-            self.labels += [completion.ids[t] for t in scored]
+            self.labels += [ids[t] for t in scored]
             self.lengths.append(len(scored))
             self.completion_ids.append(index)
 
@@ -216,17 +273,6 @@ class _PackedRow:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sequence:
-    prompt: Sequence[int]
-    completion: Sequence[int]
-    scored: Sequence[bool] | None
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.completion)
-
-
 def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
     width = max(sequences[i].length for i in group)
     input_ids = torch.zeros(len(group), width, dtype=torch.long)
@@ -235,14 +281,10 @@ def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
     lengths: list[int] = []
     for row, index in enumerate(group):
         sequence = sequences[index]
-        ids = [*sequence.prompt, *sequence.completion]
+        ids = [*sequence.prompt, *sequence.completion.ids]
         input_ids[row, : len(ids)] = torch.tensor(ids)
         first = len(sequence.prompt)
-        scored = [
-            first + offset
-            for offset in range(len(sequence.completion))
-            if sequence.scored is None or sequence.scored[offset]
-        ]
+        scored = [first + offset for offset in sequence.scored]
         # The output at position t - 1 predicts token t: this is the one place of the shift.
         positions += [row * width + token - 1 for token in scored]
         labels += [ids[token] for token in scored]

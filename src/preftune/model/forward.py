@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from preftune.batching.layout import Block, PairLayout
@@ -16,6 +17,7 @@ from preftune.model.logprob_head import (
     head_chunk_size,
     token_logps,
 )
+from preftune.model.rope import forget_earlier_calls, length_limits
 
 FORWARD_VERSION = 3
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
@@ -56,7 +58,9 @@ class PolicyModel(nn.Module):
             use_cache: let the model keep keys and values, which nothing here reads.
         """
         super().__init__()
+        forget_earlier_calls(model)
         self.model = model
+        self.limits = length_limits(model.config)
         self.compact_head = compact_head
         self.use_cache = use_cache
         self.transform = (
@@ -72,7 +76,14 @@ class PolicyModel(nn.Module):
 
     def forward(self, layout: PairLayout, with_alignment: bool = False) -> SequenceLogps:
         """See `pair_logps`."""
-        results = [self._block_logps(block, with_alignment) for block in layout.blocks]
+        recompute = layout.one_at_a_time and torch.is_grad_enabled()
+        results = [
+            checkpoint(self._block_logps, block, with_alignment, use_reentrant=False)
+            # The backward begins with the last block, whose activations are there already.
+            if recompute and block is not layout.blocks[-1]
+            else self._block_logps(block, with_alignment)
+            for block in layout.blocks
+        ]
         order = [i for block in layout.blocks for i in block.completion_ids]
         place = {completion: at for at, completion in enumerate(order)}
         at = [place[i] for i in range(layout.num_completions)]

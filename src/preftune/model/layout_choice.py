@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from preftune.batching.layout import LayoutName, PairLayout, build_layout
+from preftune.batching.layout import Layout, LayoutName, PairLayout, build_layout
 from preftune.config.dpo import ForwardLayout
 from preftune.errors import ModelError
 from preftune.model.attention import SEGMENTS
@@ -37,7 +36,8 @@ def choose_layout(
         policy: in eval mode, on its device.
         wanted: `auto` falls back to `concatenated`.
         attention: `attn_implementation` as the user gave it; `auto` and `sdpa` have a packed form.
-        longest: tokens of the longest row: the probe reaches past a sliding window only if rows do.
+        longest: tokens of the longest row: the probe reaches past a sliding window, and a limit of
+            length, only if rows do.
 
     Raises:
         ModelError: `shared_prefix` is wanted, and the model does not follow it.
@@ -62,8 +62,8 @@ def _take_packed_attention(policy: PolicyModel, longest: int) -> str | None:
     model = policy.model
     before = model.config._attn_implementation
     assert before is not None  # transformers has chosen one by now
-    examples = _probe_examples(model, longest)
-    padded = _per_token(policy, build_layout(examples, "concatenated"))
+    examples = _probe_examples(policy, longest)
+    padded = _per_token(policy, build_layout(examples, Layout("concatenated", policy.limits)))
     try:
         model.set_attn_implementation(SEGMENTS)
         why = _differs(policy, examples, padded)
@@ -78,13 +78,13 @@ def _take_packed_attention(policy: PolicyModel, longest: int) -> str | None:
 def _differs(
     policy: PolicyModel, examples: list[TokenizedExample], padded: torch.Tensor
 ) -> str | None:
-    layout = build_layout(examples, "shared_prefix")
+    layout = build_layout(examples, Layout("shared_prefix", policy.limits))
     packed = _per_token(policy, layout)
-    (block,) = layout.blocks
-    assert block.segments is not None
-    calls, layers = block.segments.calls, policy.model.config.get_text_config().num_hidden_layers
-    if len(calls) != layers:
-        return f"{len(calls)} of its {layers} layers called the packed attention"
+    layers = policy.model.config.get_text_config().num_hidden_layers
+    for block in layout.blocks:
+        assert block.segments is not None
+        if len(block.segments.calls) != layers:
+            return f"{len(block.segments.calls)} of its {layers} layers called the packed attention"
     off = (packed - padded).abs()
     mean, largest = TOLERANCES[policy.model.dtype]
     if not (off.mean() <= mean and off.max() <= largest):
@@ -98,11 +98,13 @@ def _per_token(policy: PolicyModel, layout: PairLayout) -> torch.Tensor:
     return torch.cat(pair_logps(policy, layout.to(device)).per_token).double()
 
 
-def _probe_examples(model: PreTrainedModel, longest: int) -> list[TokenizedExample]:
-    """Three pairs, two of them on one prompt, past the sliding window where rows can be."""
-    config = model.config.get_text_config()
+def _probe_examples(policy: PolicyModel, longest: int) -> list[TokenizedExample]:
+    """Three pairs, two of them on one prompt, past window and limits where rows can be."""
+    config = policy.model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    long = window + 8 if window and longest > window else 11
+    # The answers to the long prompt end before and behind a limit.
+    crossed = [limit - 6 for limit in policy.limits.lengths if longest > limit]
+    long = max(11, window + 8 if longest > window else 0, *crossed)
     generator = torch.Generator().manual_seed(0)
     top = min(config.vocab_size, 1000)
 

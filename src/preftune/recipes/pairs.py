@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from preftune.data.splits import shares_prompt, split_by_prompt, without_prompts
 from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
+from preftune.model.rope import longest_sequence
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.training.run_folder import check_writable
 
@@ -194,7 +194,7 @@ def load_dataset_pairs(
 
 def model_context(config: ModelConfig) -> int | None:
     """Positions of the model, which a row cannot exceed; None where it has no such bound."""
-    return getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
+    return longest_sequence(load_model_config(config))
 
 
 def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
@@ -211,30 +211,11 @@ def check_fits_model(config: ModelConfig, dataset: PairDataset) -> None:
             "text, to which no template applies; leave it out, or give messages"
         )
     model_config = load_model_config(config).get_text_config()
-    longest, length = _longest(examples)
-    _check_rope(config, model_config, longest, length)
     if examples.highest_id >= model_config.vocab_size:
         raise ModelError(
             f"the tokenizer makes token {examples.highest_id}, and {config.model_name_or_path} has "
             f"only {model_config.vocab_size} tokens; tokenizer_name_or_path must name its own "
             "tokenizer"
-        )
-
-
-def _longest(examples: TokenRows) -> tuple[str, int]:
-    """Row id and length in tokens of the longest side."""
-    row = int(examples.longest_side.argmax())
-    return examples[row].row_id, int(examples.longest_side[row])
-
-
-def _check_rope(config: ModelConfig, model_config: Any, longest: str, length: int) -> None:
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    if kind in ("longrope", "dynamic") and original and length > original:
-        raise ConfigError(
-            f"{longest} has {length} tokens; past {original} the {kind} positions of "
-            f"{config.model_name_or_path} change with the longest row of a batch, and log-probs "
-            f"with them; set --max_length {original}"
         )
 
 

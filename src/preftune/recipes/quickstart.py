@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from preftune.batching.layout import Layout
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
@@ -154,7 +155,7 @@ def _look_at(
         scores = score_examples(
             model,
             held_out.examples,
-            "concatenated",
+            Layout("concatenated"),
             runtime.device,
             update,
             rows=SCORE_BATCH_SIZE,

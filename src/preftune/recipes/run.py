@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from preftune.batching.layout import LayoutName
+from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
@@ -66,7 +66,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout: LayoutName = layout.name
+        self.layout = Layout(layout.name, loaded.policy.limits)
         self.sampler = sampler
         self.num_steps = num_steps
         self.began = time.time()
@@ -162,7 +162,7 @@ class Run:
         stage = f"evaluate {label}".rstrip()
         batches = sorted_batches(
             self.pairs.held_out[label].examples.sizes,
-            self.layout,
+            self.layout.name,
             rows=self.config.eval_rows,
             max_tokens=self.config.max_tokens_per_microbatch,
         )
@@ -189,7 +189,7 @@ class Run:
         heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
         accumulates = len(micro_batching.split(self.sampler.batch(0))) > 1
         try_heaviest(state, heaviest, batcher, objective, runtime, accumulates=accumulates)
-        positions = num_positions(heaviest, micro_batching.sizes, self.layout)
+        positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
         self.display.say(
             f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "
             f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from preftune.batching.layout import LayoutName
+from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
@@ -159,7 +159,7 @@ def score_model(
         return score_examples(
             model,
             examples,
-            layout.name,
+            Layout(layout.name, loaded.policy.limits),
             runtime.device,
             update,
             rows=config.per_device_eval_batch_size,
@@ -171,7 +171,7 @@ def score_model(
 def score_examples(
     model: torch.nn.Module,
     examples: TokenRows,
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     update: Callable[[int], None] = lambda done: None,
     *,
@@ -193,7 +193,7 @@ def score_examples(
     chosen = np.full(len(examples), math.nan)
     rejected = np.full(len(examples), math.nan)
     done = 0
-    for batch in sorted_batches(examples.sizes, layout, rows=rows, max_tokens=max_tokens):
+    for batch in sorted_batches(examples.sizes, layout.name, rows=rows, max_tokens=max_tokens):
         logps = as_pairs(pair_logps(model, batcher(batch).layout), None)
         chosen[batch] = logps.chosen.cpu().numpy()
         rejected[batch] = logps.rejected.cpu().numpy()

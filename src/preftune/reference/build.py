@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from preftune.batching.layout import LayoutName, build_layout
+from preftune.batching.layout import Layout, build_layout
 from preftune.batching.micro_batches import RowSizes, sorted_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
@@ -61,7 +61,7 @@ def reference_logps(
     examples: Sequence[TokenizedExample],
     store: ReferenceStore,
     *,
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     progress: Progress | None = None,
 ) -> ReferenceLogps:
@@ -115,7 +115,7 @@ def _compute_shards(
     examples: Sequence[TokenizedExample],
     model: nn.Module,
     store: ReferenceStore,
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[dict[bytes, StoredLogps], int]:
@@ -123,7 +123,7 @@ def _compute_shards(
         np.array([answer.prompt_key for answer in missing], dtype=np.uint64),
         np.array([answer.lengths for answer in missing], dtype=np.int64).reshape(-1, 2),
     )
-    batches = sorted_batches(sizes, layout, max_tokens=MAX_TOKENS_PER_MICRO_BATCH)
+    batches = sorted_batches(sizes, layout.name, max_tokens=MAX_TOKENS_PER_MICRO_BATCH)
     values: dict[bytes, StoredLogps] = {}
     num_computed = 0
 
@@ -150,7 +150,7 @@ def _compute_shard(
     model: nn.Module,
     batches: list[list[_Answer]],
     examples: Sequence[TokenizedExample],
-    layout: LayoutName,
+    layout: Layout,
     device: torch.device,
     report: Callable[[int], None],
 ) -> dict[bytes, StoredLogps]:

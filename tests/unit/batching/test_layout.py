@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.batching.layout import build_layout
+from preftune.batching.layout import Layout, LengthLimits, build_layout
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
 
@@ -36,6 +36,33 @@ def test_unscored_tokens_are_read_by_nobody():
 def test_separate_makes_one_block_a_side():
     layout = build_layout(make_examples(3), "separate")
     assert [block.completion_ids for block in layout.blocks] == [(0, 2, 4), (1, 3, 5)]
+
+
+def test_lengths_on_both_sides_of_a_switch_never_share_a_block():
+    rows = [pair((5, 6), (7, 8), (7, 8, 9)), pair((5, 6), (9, 9, 9, 9), (1,))]
+    limits = LengthLimits(switches=(4,))
+    layout = build_layout(rows, Layout("shared_prefix", limits))
+    # The shared prompt is computed once on either side.
+    assert [block.input_ids.tolist() for block in layout.blocks] == [
+        [[5, 6, 7, 8, 1]],
+        [[5, 6, 7, 8, 9, 9, 9, 9, 9]],
+    ]
+    assert [block.completion_ids for block in layout.blocks] == [(0, 3), (1, 2)]
+    assert layout.num_tokens == 14
+    padded = build_layout(rows, Layout("concatenated", limits))
+    assert [tuple(block.input_ids.shape) for block in padded.blocks] == [(2, 4), (2, 6)]
+    sides = build_layout(rows, Layout("separate", limits))
+    assert [block.completion_ids for block in sides.blocks] == [(0,), (2,), (3,), (1,)]
+
+
+def test_past_a_start_only_equal_lengths_share_a_block():
+    rows = [
+        pair((5,), (1, 2), (1, 2, 3)),
+        pair((6,), (1, 2, 3, 4), (1,)),
+        pair((7,), (4,) * 3, (5,) * 5),
+    ]
+    layout = build_layout(rows, Layout("concatenated", LengthLimits(start=3)))
+    assert [block.completion_ids for block in layout.blocks] == [(0, 3), (1, 4), (2,), (5,)]
 
 
 @given(st.integers(1, 6), st.integers(0, 99), st.sampled_from(["concatenated", "separate"]))

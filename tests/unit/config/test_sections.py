@@ -241,7 +241,9 @@ def test_what_is_left_unset_is_resolved():
     assert (config.wanted_layout, config.eval_strategy) == ("auto", "never")
     assert (config.resolved_data_seed, config.eval_rows) == (42, 8)
     assert make(max_tokens_per_microbatch=512).eval_rows is None
-    assert make(per_device_eval_batch_size=4, max_tokens_per_microbatch=9, test_size=1).eval_rows == 4
+    assert (
+        make(per_device_eval_batch_size=4, max_tokens_per_microbatch=9, test_size=1).eval_rows == 4
+    )
     assert make(max_train_steps=3).num_epochs is None
     assert make(warmup_steps=3).warmup_ratio is None
     assert make(lr_scheduler_type="constant").warmup_ratio is None

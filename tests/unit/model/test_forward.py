@@ -1,5 +1,7 @@
 """`pair_logps` against plain transformers on one unpadded row at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.probe import head_is_plain
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
+from tests.memory import Memory
 from tests.tiny import tiny_model
 
 SMALL = {
@@ -108,6 +111,34 @@ def test_layouts_agree_in_values_and_gradients():
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(sums[0], sums[1], atol=1e-4, rtol=1e-6)
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_separate_keeps_the_activations_of_one_side():
+    """The mutant is the same layout with both sides' activations kept."""
+
+    def peak(layout):
+        policy = PolicyModel(tiny_model())
+        with Memory() as memory:
+            pair_logps(policy, layout).sums.sum().backward()
+        return memory.peak
+
+    examples = make_examples(8, prompt=(60, 60), completion=(40, 40))
+    separate = build_layout(examples, "separate")
+    both = peak(build_layout(examples, "concatenated"))
+    assert peak(separate) < 0.6 * both
+    assert peak(replace(separate, one_at_a_time=False)) > 0.8 * both
+
+
+def test_separate_makes_the_same_dropout_again():
+    examples = make_examples(3)
+    gradients = []
+    for one_at_a_time in (True, False):
+        model = tiny_model(attention_dropout=0.5).train()
+        layout = replace(build_layout(examples, "separate"), one_at_a_time=one_at_a_time)
+        torch.manual_seed(0)
+        pair_logps(PolicyModel(model), layout).sums.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
 
 
 def test_values_do_not_depend_on_companions():

@@ -89,6 +89,9 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
         WINDOW | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     ),
 }
+WINDOWED = [name for name, (_, own) in PACKED.items() if "sliding_window" in own]
+MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"]
+DENSE = [name for name in PACKED if name not in MIXTURES]
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", {}),
@@ -140,9 +143,12 @@ def test_packed_rows_equal_padded_ones(name: str) -> None:
     assert (packed_gradient - padded_gradient).norm() <= 1e-4 * padded_gradient.norm()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3", "olmo3", "cohere2"])
+# transformers writes a soft-cap's softmax in fp32, so the oracle has no fp64 there.
+@pytest.mark.parametrize("name", [name for name in PACKED if name != "gemma2"])
 def test_packed_rows_equal_padded_ones_in_fp64(name: str) -> None:
     policy = make_policy(*PACKED[name], dtype=torch.float64)
+    if name in MIXTURES:  # the grouped product of experts has no fp64
+        policy.model.set_experts_implementation("eager")
     examples = batch()
     padded, padded_gradient = run(policy, examples, "concatenated")
     choose_layout(policy, "shared_prefix", "auto", longest=120)
@@ -151,7 +157,7 @@ def test_packed_rows_equal_padded_ones_in_fp64(name: str) -> None:
     assert (packed_gradient - padded_gradient).norm() <= 1e-6 * padded_gradient.norm()
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "olmo3", "cohere2", "gpt_oss"])
+@pytest.mark.parametrize("name", WINDOWED)
 def test_the_windows_of_these_tests_bite(name: str) -> None:
     kind, settings = PACKED[name]
     narrow, wide = (
@@ -206,7 +212,8 @@ def test_wrong_segments_are_noticed_by_the_probe(
     assert "differ" in choice.why or "cannot be exchanged" in choice.why
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "olmo3"])
+# Among experts, the number of tokens that an expert gets changes the last bits of all of them.
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_token_of_one_answer_changes_no_bit_of_any_other(name: str, side: int) -> None:
     policy = make_policy(*PACKED[name])

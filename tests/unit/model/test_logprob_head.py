@@ -1,8 +1,8 @@
 """The chunked head: the numbers of the plain one, without its logits."""
 
 import copy
-from collections import Counter
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,16 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from preftune.batching.layout import build_layout
+from preftune.batching.layout import Block, build_layout
 from preftune.model import logprob_head
+from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.logprob_head import HeadTransform, head_chunk_size, token_logps
 from tests.examples import make_examples
+from tests.memory import Memory, saved_sizes
 from tests.tiny import tiny_model
 
 PLAIN = HeadTransform()
@@ -34,43 +33,6 @@ GIB = 2**30
 
 class Subclass(nn.Linear):
     """As quantised layers and adapters are: a Linear, but not exactly."""
-
-
-class Memory(TorchDispatchMode):
-    """The bytes that operators' results hold at once, and which results there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-        self.results: Counter[tuple[str, tuple[int, ...]]] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.live[StorageWeakRef(storage)] = storage.nbytes()
-                self.results[str(func), tuple(tensor.shape)] += 1
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
-
-
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward of what `run` computes, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    del kept
-    return sum(storages.values())
 
 
 def make_head(
@@ -327,7 +289,7 @@ def test_memory_holds_the_logits_of_one_chunk(dtype, transform):
         with Memory() as memory:
             forward().sum().backward()
         assert max(shape[0] for _, shape in memory.results if shape[1:] == (vocab,)) == chunk_size
-        return memory.peak, saved_bytes(forward)
+        return memory.peak, sum(saved_sizes(forward))
 
     peak, saved = peak_and_saved(chunk_size)
     larger_peak, larger_saved = peak_and_saved(16 * chunk_size)
@@ -341,24 +303,53 @@ def test_memory_holds_the_logits_of_one_chunk(dtype, transform):
     assert peak <= vocab * 4 * (chunk_size * copies + 6 * size) + 2**15
 
 
+@dataclass
+class Step:
+    """Bytes of a forward and backward."""
+
+    saved: int
+    largest_saved: int
+    largest_made: int
+    """Elements of the largest result of an operator."""
+    peak: int
+
+
+class EveryPosition(PolicyModel):
+    """The mutant: log-probs of prompts, too, before the scored ones are taken."""
+
+    def _scored_hidden(self, block: Block) -> tuple[Tensor, nn.Module]:
+        logits = self.model(block.input_ids, **self._options(block)).logits
+        return logits.log_softmax(dim=-1).flatten(0, 1)[block.score_positions], nn.Identity()
+
+
+def measure_step(kind: type[PolicyModel], prompt: int, vocab: int, name: Any, tied: bool) -> Step:
+    (example,) = make_examples(1, prompt=(prompt, prompt), completion=(20, 20))
+    model = tiny_model(vocab_size=vocab, tie_word_embeddings=tied)
+    model.set_attn_implementation(SEGMENTS if name == "shared_prefix" else "sdpa")
+    policy = kind(model)
+    layout = build_layout([example], name)
+    with Memory() as memory:
+        pair_logps(policy, layout).sums.sum().backward()
+    saved = saved_sizes(lambda: pair_logps(policy, layout).sums, policy)
+    largest = max(math.prod(shape) for _, shape in memory.results)
+    return Step(sum(saved), max(saved), largest, memory.peak)
+
+
+@pytest.mark.parametrize("kind", [PolicyModel, EveryPosition])
+@pytest.mark.parametrize("name", ["shared_prefix", "concatenated"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_longer_prompt_keeps_no_more_bytes_for_a_larger_vocabulary(tied):
-    """Peak memory has no term of vocabulary times prompt length."""
-
-    def measure(prompt: int, vocab: int) -> tuple[int, int]:
-        (example,) = make_examples(1, prompt=(prompt, prompt), completion=(20, 20))
-        policy = PolicyModel(tiny_model(vocab_size=vocab, tie_word_embeddings=tied))
-        layout = build_layout([example], "concatenated")
-        with Memory() as memory:
-            pair_logps(policy, layout).sums.sum().backward()
-        saved = saved_bytes(lambda: pair_logps(policy, layout).sums)
-        return memory.peak, saved
-
-    small = [measure(prompt, 500) for prompt in (64, 128)]
-    large = [measure(prompt, 4000) for prompt in (64, 128)]
-    assert large[1][1] - large[0][1] == small[1][1] - small[0][1]
-    grown = (large[1][0] - large[0][0]) - (small[1][0] - small[0][0])
-    assert grown < 0.05 * 64 * 3500 * 4
+def test_memory_has_no_term_of_prompt_length_times_vocabulary(tied, name, kind):
+    """Doubling the prompt adds activations only; logits of all positions fail."""
+    small, twice_small = (measure_step(kind, n, 500, name, tied) for n in (64, 128))
+    large, twice_large = (measure_step(kind, n, 4000, name, tied) for n in (64, 128))
+    logits = 64 * 3500 * 4  # bytes of what the larger vocabulary would add for the longer prompt
+    holds = {
+        "saved": twice_large.saved - large.saved == twice_small.saved - small.saved,
+        "largest saved": twice_large.largest_saved < 4 * 4000 * 64,
+        "largest made": twice_large.largest_made == large.largest_made,
+        "peak": (twice_large.peak - large.peak) - (twice_small.peak - small.peak) < 0.05 * logits,
+    }
+    assert holds == dict.fromkeys(holds, kind is PolicyModel)
 
 
 def test_chunk_sizes_follow_the_device():

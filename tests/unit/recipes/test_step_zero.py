@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from preftune.batching.layout import Layout
 from preftune.errors import CacheError
 from preftune.losses import DPOLossType, make_loss
 from preftune.model.forward import PolicyModel
@@ -20,8 +21,10 @@ def check(tmp_path, loss_type="dpo", change=None, model=None):
     examples = make_examples(4)
     policy = PolicyModel(tiny_model())
     store = ReferenceStore(tmp_path, "ns", {})
-    sums = reference_logps(policy, examples, store, layout="concatenated", device=CPU).sums
-    batcher = PairBatcher(examples, sums if change is None else change(sums), "concatenated", CPU)
+    sums = reference_logps(policy, examples, store, layout=Layout("concatenated"), device=CPU).sums
+    batcher = PairBatcher(
+        examples, sums if change is None else change(sums), Layout("concatenated"), CPU
+    )
     objective = PreferenceObjective(make_loss(DPOLossType(loss_type)))
     return check_step_zero(model or policy, objective, batcher, [0, 1, 2, 3], is_exact=True)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from preftune.batching.layout import Layout
 from preftune.errors import CacheError
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.reference import build
@@ -20,7 +21,9 @@ CPU = torch.device("cpu")
 def compute(root, examples, model=None, **options):
     store = ReferenceStore(root, "ns", {"what": "test"})
     policy = PolicyModel(tiny_model()) if model is None else model
-    return reference_logps(policy, examples, store, layout="concatenated", device=CPU, **options)
+    return reference_logps(
+        policy, examples, store, layout=Layout("concatenated"), device=CPU, **options
+    )
 
 
 def bytes_of(root) -> dict[str, bytes]:
