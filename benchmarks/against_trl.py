@@ -32,7 +32,7 @@ EFFICIENCY = 0.5
 """Part of the rate of matrix products that training reaches: for the first guess of a duration."""
 STARTUP_SECONDS = 20.0
 """Imports, loading and saving of one process: for the same."""
-CHANGEABLE = ("repeats", "minutes", "resume", "arms", "output")
+CHANGEABLE = ("repeats", "minutes", "resume", "arms", "output", "gates_only", "no_gates")
 """Options that may differ when a run goes on."""
 
 
@@ -73,12 +73,16 @@ def parse() -> argparse.Namespace:
     add("--growth", action="store_true", help="lengths, batch and vocabulary on a small model")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("bench"), help="folder of results")
+    add("--output", type=Path, help="folder of results; unset: bench/ and the time")
     add("--resume", action="store_true", help="keep what --output holds, and go on")
     options = parser.parse_args()
     if options.growth:
         options.model, options.no_gates = "random-small", True
         options.steps, options.repeats, options.arms = 2, 1, options.arms or list(GROWTH)
+    if options.output is None:
+        if options.resume:
+            parser.error("--resume needs --output, the folder of the run that goes on")
+        options.output = Path("bench") / time.strftime("%Y-%m-%d-%H%M%S")
     if options.datasets is None:
         options.datasets = default_datasets()
     return options
@@ -222,6 +226,8 @@ class Bench:
             setting["gate"] = gate | {"sides": sides}
             self._save()
             self._say(f"{setting['label']}: equal; largest differences {gate['largest']}")
+        for policy in {setting["model"]["policy"] for setting in self.record["settings"]}:
+            shutil.rmtree(policy, ignore_errors=True)  # as large as the model in fp32
 
     def measure(self) -> None:
         """All arms of all settings, in turns; a second round in the opposite order."""
