@@ -32,6 +32,8 @@ EFFICIENCY = 0.5
 """Part of the rate of matrix products that training reaches: for the first guess of a duration."""
 STARTUP_SECONDS = 20.0
 """Imports, loading and saving of one process: for the same."""
+GATED = ("trl_default", "preftune")
+"""The arms whose numbers are compared step by step before anything is timed."""
 CHANGEABLE = ("repeats", "minutes", "resume", "arms", "output", "gates_only", "no_gates")
 """Options that may differ when a run goes on."""
 
@@ -41,6 +43,7 @@ def main() -> None:
     options = parse()
     bench = Bench(options)
     bench.prepare()
+    bench.predict()
     if not options.no_gates:
         bench.check_equality()
     if not options.gates_only:
@@ -200,6 +203,31 @@ class Bench:
         is_random = setting["dataset"].startswith("random:")
         return None if is_random else self.options.max_length or None
 
+    def predict(self) -> None:
+        """Say how long the run will take, from its arithmetic and the machine's matrix products."""
+        rates = self._measure_rates(self.record["settings"][0])["bf16" if self.bf16 else "fp32"]
+        rate = max(r["wall"] for r in rates.values()) * EFFICIENCY
+        gates = rounds = 0.0
+        gated = {arm.name: arm for arm in arms_for(self.record["machine"]["device"], None, [])}
+        for setting in self.record["settings"]:
+            rounds += sum(
+                predicted_seconds(setting, arm, rate) + STARTUP_SECONDS for arm in self.arms
+            )
+            a_step = sum(predicted_seconds(setting, gated[name], rate) for name in GATED)
+            steps = self.options.warmup + self.options.steps
+            if "gate" not in setting and setting["batch_size"] == self.options.batch[0]:
+                gates += a_step * self.options.gate_steps / steps + 2 * STARTUP_SECONDS
+        if not self.options.no_gates:
+            self._say(f"comparing numbers will take about {gates / 60:.0f} min")
+        if not self.options.gates_only:
+            self._say(
+                f"each of {self.options.repeats} rounds will take about {rounds / 60:.0f} min"
+            )
+
+    def _measure_rates(self, setting: dict[str, Any]) -> dict[str, Any]:
+        sizes = {key: setting["model"][key] for key in ("hidden", "intermediate")}
+        return self._run("rates:measure", sizes)
+
     def check_equality(self) -> None:
         """Stop unless both tools compute the same log-probs, gradients and losses."""
         seen = set()
@@ -246,23 +274,12 @@ class Bench:
 
     def _one_round(self, setting: dict[str, Any], number: int) -> None:
         if len(setting["rates"]) == number:
-            sizes = {key: setting["model"][key] for key in ("hidden", "intermediate")}
-            setting["rates"].append(self._run("rates:measure", sizes))
+            setting["rates"].append(self._measure_rates(setting))
             self._save()
-            if number == 0:
-                self._predict(setting)
         done = {(run["arm"], run["round"]) for run in setting["runs"]}
         for arm in self.arms if number % 2 == 0 else self.arms[::-1]:
             if (arm.name, number) not in done:
                 self._one_run(setting, arm, number)
-
-    def _predict(self, setting: dict[str, Any]) -> None:
-        rates = setting["rates"][0]["bf16" if self.bf16 else "fp32"].values()
-        rate = max(r["wall"] for r in rates)
-        seconds = sum(
-            predicted_seconds(setting, arm, rate, EFFICIENCY) + STARTUP_SECONDS for arm in self.arms
-        )
-        self._say(f"{setting['label']}: a round of {len(self.arms)} arms, about {seconds:.0f} s")
 
     def _one_run(self, setting: dict[str, Any], arm: Arm, number: int) -> None:
         order = setting["pairs"]["sorted" if arm.is_sorted else "random"]

@@ -134,16 +134,15 @@ def counts_per_pair(setting: dict[str, Any], arms: Sequence[Arm]) -> dict[str, d
     return found
 
 
-def predicted_seconds(setting: dict[str, Any], arm: Arm, rate: float, efficiency: float) -> float:
+def predicted_seconds(setting: dict[str, Any], arm: Arm, rate: float) -> float:
     """Wall time that the steps of an arm will take, its reference pass included.
 
     Args:
         setting: with model and pairs.
         arm: which.
-        rate: of matrix products, operations a second of wall time.
-        efficiency: part of it that training reaches.
+        rate: that training reaches, operations a second of wall time.
     """
     timed = arm_flops(setting, arm)
     all_steps = timed * (1 + setting["warmup"] / len(batches_of(setting, arm)))
     reference = 0.0 if arm.online_reference else all_steps / 3
-    return (all_steps + reference) / (rate * efficiency)
+    return (all_steps + reference) / rate
