@@ -14,7 +14,8 @@ PREDICTION = (
     "*Predicted* is the ratio of the matrix products that both sides compute (backbone, head, "
     "attention; with their own padding, checkpointing and recomputed logits). *Of the limit* is "
     "the arithmetic that the loss needs (each prompt once, no padding, logits once) over the "
-    "machine's fp32 or bf16 matrix products in the same time, measured between the arms."
+    "machine's fp32 or bf16 matrix products in the same time, measured between the arms. *Peak* is "
+    "of the whole process (GPU: of what it allocated), from start to last step."
 )
 
 
