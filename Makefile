@@ -3,6 +3,7 @@
 # VENV          where the environment lives
 # TORCH_INDEX_URL  package index of another PyTorch build (see README, "Install")
 # PREFTUNE_DATA folder of real preference pairs; tests that need it skip without it
+# BENCH         options of benchmarks/against_trl.py
 
 VENV ?= .venv
 TORCH_INDEX_URL ?=
@@ -10,6 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 BIN = $(VENV)/bin
 TORCH = $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+BENCH ?= --minutes 45
 PYTEST = $(BIN)/python -m pytest -q
 # Two processes of one thread each: the tests' models are far too small for more threads.
 PARALLEL = -n 2
@@ -28,6 +30,10 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.peers: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[peers]'
+	@touch $@
+
 demo: $(VENV)/.run  ## train the embedded model on the embedded pairs and show what changed
 	$(BIN)/preftune quickstart
 
@@ -44,10 +50,11 @@ check: $(VENV)/.dev  ## format, lint, types, import direction
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev  ## measure speed and memory
+bench: $(VENV)/.peers  ## measure speed and memory, against TRL too; BENCH="--minutes 90" for longer
 	$(BIN)/python benchmarks/step_rate.py
 	$(BIN)/python benchmarks/layout_memory.py
 	$(BIN)/python benchmarks/tokenise.py
+	$(BIN)/python benchmarks/against_trl.py $(BENCH)
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
