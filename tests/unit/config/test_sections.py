@@ -253,7 +253,7 @@ def test_what_is_left_unset_is_resolved():
     assert make(concatenated_forward=False).wanted_layout == "separate"
     assert make(forward_layout="separate").wanted_layout == "separate"
     assert make(data_seed=0).resolved_data_seed == 0
-    assert make(test_size=1, per_device_eval_batch_size=3).eval_batch_size == 3
+    assert make(test_size=1, per_device_eval_batch_size=3).eval_rows == 3
 
 
 def test_names_follow_from_experiment_and_seed():
