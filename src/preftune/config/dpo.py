@@ -5,7 +5,8 @@ from typing import Literal
 
 from preftune.config.problem import Problem
 from preftune.config.section import Section
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType, WPOAlignment
+from preftune.losses.knobs import KNOBS, LossKnobs
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
@@ -22,29 +23,34 @@ def layout_problems(forward_layout: ForwardLayout, attn_implementation: str) -> 
     return [Problem("forward_layout", forward_layout, message, ("attn_implementation",))]
 
 
+def knob_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of the loss's knobs: not read by the loss, or out of its range."""
+    found = []
+    spec = LOSS_SPECS[config.loss_type]
+    applying = spec.applying(vars(config))
+    for name in KNOBS:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if name not in applying:
+            message = f"the loss {config.loss_type.value} {spec.refusal(name)}"
+            found.append(Problem(name, value, message, ("loss_type",)))
+        elif spec.knob(name).problem(value):
+            found.append(Problem(name, value, f"it must be {spec.knob(name).range}"))
+    return found
+
+
 @dataclass(kw_only=True)
-class DPOConfig(Section):
-    """The loss. A knob left unset takes the default of the chosen loss."""
+class LossChoice:
+    """The loss, ahead of its knobs."""
 
     loss_type: DPOLossType = DPOLossType.DPO
-    """The loss. dpo: sigmoid of the log-ratios; dpo_norm: of log-ratios per token; simpo: of
-    log-probs per token, no reference; wpo: dpo weighted by the policy's own probabilities."""
+    """The loss. docs/losses.md gives each one's formula, source, settings and curves."""
 
-    beta: float | None = None
-    """Strength of the pull to the reference (simpo: scale of the reward), above 0. Unset: the
-    loss's own (dpo 0.1, dpo_norm 5, simpo 2, wpo 0.1)."""
 
-    label_smoothing: float | None = None
-    """Probability that a preference label is wrong, 0 (off) to below 0.5. Unset: the loss's
-    default."""
-
-    gamma_beta_ratio: float | None = None
-    """simpo's target margin between mean log-probs, in nats a token, before beta scales it; 0
-    (off) or more. Unset: the loss's default."""
-
-    wpo_alignment: WPOAlignment | None = None
-    """How wpo makes a pair's weight comparable between tokens. sampled: each token's probability
-    divided by the one expected of a sampled token; none: as it is. Unset: the loss's default."""
+@dataclass(kw_only=True)
+class DPOConfig(LossKnobs, LossChoice, Section):
+    """The loss. A knob left unset takes the default of the chosen loss."""
 
     forward_layout: ForwardLayout = "auto"
     """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
@@ -58,7 +64,7 @@ class DPOConfig(Section):
     def __post_init__(self) -> None:
         """Fill the knobs of the chosen loss."""
         spec = LOSS_SPECS.get(self.loss_type)  # None only while a wrong name awaits its report
-        for name, default in spec.knobs.items() if spec else ():
+        for name, default in spec.applying(vars(self)).items() if spec else ():
             if getattr(self, name) is None:
                 setattr(self, name, default)
 
@@ -77,22 +83,12 @@ class DPOConfig(Section):
     @property
     def loss_knobs(self) -> dict[str, float | str]:
         """The chosen loss's knobs and their values."""
-        return {name: getattr(self, name) for name in LOSS_SPECS[self.loss_type].knobs}
+        applying = LOSS_SPECS[self.loss_type].applying(vars(self))
+        return {name: getattr(self, name) for name in applying}
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = []
-        applying = LOSS_SPECS[self.loss_type].knobs
-        for name, knob in KNOBS.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name not in applying:
-                readers = ", ".join(loss for loss, spec in LOSS_SPECS.items() if name in spec.knobs)
-                message = f"the loss {self.loss_type.value} does not read it, only {readers}"
-                found.append(Problem(name, value, message, ("loss_type",)))
-            elif knob.problem(value):
-                found.append(Problem(name, value, f"it must be {knob.range}"))
+        found = knob_problems(self)
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

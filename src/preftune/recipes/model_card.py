@@ -43,12 +43,6 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         config: of the run.
         manifest: of the run; its counts are quoted.
     """
-    settings = config.to_dict()
-    knobs = {
-        key: settings[key]
-        for key in ("beta", "label_smoothing", "gamma_beta_ratio", "wpo_alignment")
-        if key in settings
-    }
     train = manifest["data"]["train"]
     # A local path is the machine's own; the hub's metadata wants a name.
     model = str(config.model_name_or_path).rstrip("/").rsplit("/", 1)
@@ -71,7 +65,7 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         batch=manifest["global_batch_size"],
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
-        knobs=json.dumps(knobs),
+        knobs=json.dumps(config.loss_knobs),
         precision=manifest["precision"],
         save_dtype=manifest["save_dtype"],
     )

@@ -9,6 +9,7 @@ from preftune.config.quickstart import QuickstartConfig
 from preftune.errors import ConfigError
 from preftune.losses.spec import DPOLossType
 
+LOSSES = " or ".join(", ".join(DPOLossType).rsplit(", ", 1))
 NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d")
 
 
@@ -120,7 +121,7 @@ MISTAKES = {
     "wrong_enum": (
         "loss_type: simpoo\n",
         "",
-        ["config.yaml line 1: loss_type is 'simpoo'; it must be dpo, dpo_norm, simpo or wpo"],
+        [f"config.yaml line 1: loss_type is 'simpoo'; it must be {LOSSES}"],
     ),
     "wrong_type": (
         "seed: 1\n\nlearning_rate: abc\n",

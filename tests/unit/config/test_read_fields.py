@@ -22,7 +22,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
-from preftune.losses.spec import KNOBS
+from preftune.losses.knobs import KNOBS
 
 ROOT = Path(preftune.__file__).parent
 CONFIGS = {"train": ExperimentConfig, "score": ScoreConfig, "quickstart": QuickstartConfig}

@@ -13,7 +13,8 @@ from preftune.config.problem import InvalidConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.training import TrainingConfig
 from preftune.errors import ConfigError
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+from preftune.losses.knobs import KNOBS
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
 
@@ -226,9 +227,9 @@ def test_the_error_is_a_config_error_with_every_problem_in_its_text():
 def test_knobs_take_the_defaults_of_their_loss_and_others_stay_unset(loss):
     config = make(loss_type=loss.value)
     assert config.loss_type is loss
-    assert config.loss_knobs == dict(LOSS_SPECS[loss].knobs)
+    assert config.loss_knobs == LOSS_SPECS[loss].applying({})
     assert config.needs_reference == LOSS_SPECS[loss].needs_reference
-    unread = KNOBS.keys() - LOSS_SPECS[loss].knobs.keys()
+    unread = KNOBS.keys() - config.loss_knobs.keys()
     assert all(getattr(config, name) is None for name in unread)
     assert unread.isdisjoint(config.to_dict())
 
@@ -290,7 +291,7 @@ def test_a_single_name_is_a_list_of_one():
 def test_a_knob_of_another_loss_is_refused(loss, name):
     knob = KNOBS[name]
     value = knob.choices[0] if knob.choices else 0.25
-    if name in LOSS_SPECS[loss].knobs:
+    if name in LOSS_SPECS[loss].applying({}):
         assert getattr(make(loss_type=loss, **{name: value}), name) == value
     else:
         assert problem_keys(ExperimentConfig, **NEEDED, loss_type=loss, **{name: value}) == [name]
