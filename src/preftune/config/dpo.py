@@ -24,19 +24,36 @@ def layout_problems(forward_layout: ForwardLayout, attn_implementation: str) -> 
 
 
 def knob_problems(config: "DPOConfig") -> list[Problem]:
-    """The problems of the loss's knobs: not read by the loss, or out of its range."""
+    """The problems of the losses' knobs: read by none of them, or out of their range."""
     found = []
-    spec = LOSS_SPECS[config.loss_type]
-    applying = spec.applying(vars(config))
+    specs = {loss: LOSS_SPECS[loss] for loss in config.loss_types}
     for name in KNOBS:
         value = getattr(config, name)
         if value is None:
             continue
-        if name not in applying:
-            message = f"the loss {config.loss_type.value} {spec.refusal(name)}"
-            found.append(Problem(name, value, message, ("loss_type",)))
-        elif spec.knob(name).problem(value):
-            found.append(Problem(name, value, f"it must be {spec.knob(name).range}"))
+        readers = [spec for spec in specs.values() if name in spec.applying(vars(config))]
+        bad = [spec.knob(name) for spec in readers if spec.knob(name).problem(value)]
+        if not readers:
+            said = [f"the loss {loss.value} {spec.refusal(name)}" for loss, spec in specs.items()]
+            found.append(Problem(name, value, "; ".join(said), ("loss_type",)))
+        elif bad:
+            found.append(Problem(name, value, f"it must be {bad[0].range}"))
+    return found
+
+
+def weight_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of what losses are summed, and how."""
+    found, losses, weights = [], config.loss_types, config.loss_weights
+    if not losses or len(set(losses)) != len(losses):
+        shown = [loss.value for loss in losses]
+        found.append(Problem("loss_type", shown, "it must name at least one loss, each once"))
+    if weights is not None and len(weights) != len(losses):
+        message = f"loss_type names {len(losses)} losses; give one weight for each"
+        found.append(Problem("loss_weights", weights, message, ("loss_type",)))
+    elif weights is not None and min(weights, default=1.0) <= 0:
+        found.append(Problem("loss_weights", weights, "each must be above 0"))
+    if config.sft_weight < 0:
+        found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
     return found
 
 
@@ -44,8 +61,16 @@ def knob_problems(config: "DPOConfig") -> list[Problem]:
 class LossChoice:
     """The loss, ahead of its knobs."""
 
-    loss_type: DPOLossType = DPOLossType.DPO
-    """The loss. docs/losses.md gives each one's formula, source, settings and curves."""
+    loss_type: DPOLossType | list[DPOLossType] = DPOLossType.DPO
+    """The loss, or a list of losses to sum, which share the knobs that are given. docs/losses.md
+    has each one's formula, source, settings and curves."""
+
+    loss_weights: list[float] | None = None
+    """One weight above 0 for each loss of `loss_type`. Unset: 1 each."""
+
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the
+    loss; 0 (off) or more."""
 
 
 @dataclass(kw_only=True)
@@ -62,11 +87,22 @@ class DPOConfig(LossKnobs, LossChoice, Section):
     `forward_layout` says."""
 
     def __post_init__(self) -> None:
-        """Fill the knobs of the chosen loss."""
-        spec = LOSS_SPECS.get(self.loss_type)  # None only while a wrong name awaits its report
-        for name, default in spec.applying(vars(self)).items() if spec else ():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        """Fill the knobs of the chosen loss; where several differ, each keeps its own default."""
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
+            self.loss_type = self.loss_type[0]
+        given, defaults = dict(vars(self)), {}
+        for loss in self.loss_types:
+            spec = LOSS_SPECS.get(loss)  # None only while a wrong name awaits its report
+            for name, default in spec.applying(given).items() if spec else ():
+                defaults.setdefault(name, set()).add(default)
+        for name, values in defaults.items():
+            if getattr(self, name) is None and len(values) == 1:
+                setattr(self, name, values.pop())
+
+    @property
+    def loss_types(self) -> list[DPOLossType]:
+        """The losses that are summed."""
+        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
 
     @property
     def wanted_layout(self) -> ForwardLayout:
@@ -77,18 +113,22 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probs."""
-        return LOSS_SPECS[self.loss_type].needs_reference
+        """Whether a loss reads the reference's log-probs."""
+        return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
 
-    @property
-    def loss_knobs(self) -> dict[str, float | str]:
-        """The chosen loss's knobs and their values."""
-        applying = LOSS_SPECS[self.loss_type].applying(vars(self))
-        return {name: getattr(self, name) for name in applying}
+    def knobs_of(self, loss: DPOLossType) -> dict[str, float | str]:
+        """The knobs of one of the losses: those given, and its defaults.
+
+        Args:
+            loss: one of `loss_types`.
+        """
+        given = {name: value for name in KNOBS if (value := getattr(self, name)) is not None}
+        applying = LOSS_SPECS[loss].applying(given)
+        return {name: given.get(name, default) for name, default in applying.items()}
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = knob_problems(self)
+        found = [*weight_problems(self), *knob_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

@@ -22,15 +22,18 @@ from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 if TYPE_CHECKING:
     from preftune.losses.base import Loss, PairLogps, PairLoss
+    from preftune.losses.combined import Combined, combine
     from preftune.losses.make import make_loss
 
 __all__ = [
     "KNOBS",
     "LOSS_SPECS",
+    "Combined",
     "DPOLossType",
     "Loss",
     "PairLogps",
     "PairLoss",
+    "combine",
     "make_loss",
 ]
 
@@ -38,6 +41,8 @@ _HOMES = {spec.class_name: loss.value for loss, spec in LOSS_SPECS.items()} | {
     "Loss": "base",
     "PairLogps": "base",
     "PairLoss": "base",
+    "Combined": "combined",
+    "combine": "combined",
     "make_loss": "make",
 }
 

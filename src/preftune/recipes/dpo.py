@@ -10,11 +10,11 @@ from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.losses import make_loss
 from preftune.metrics import MetricSums
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
+from preftune.recipes.loss import loss_of
 from preftune.recipes.pairs import load_experiment_pairs
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
@@ -88,7 +88,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         "parameters": loaded.num_parameters,
     }
     batcher, held_out = run.batchers(fields)
-    objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
+    objective = PreferenceObjective(loss_of(config))
     first_rows = sampler.batch(0)[: config.per_device_train_batch_size]
     is_exact = precision == "fp32" and config.dtype == "float32"
     check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)

@@ -11,7 +11,7 @@ library_name: transformers
 base_model: {model}
 tags:
 - preftune
-- {loss}
+{losses}
 ---
 
 # {name}
@@ -53,8 +53,9 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
     )
     return _CARD.format(
         model=name,
-        name=f"{model[-1]} aligned with {config.loss_type}",
-        loss=str(config.loss_type),
+        name=f"{model[-1]} aligned with {' + '.join(config.loss_types)}",
+        losses="\n".join(f"- {loss.value}" for loss in config.loss_types),
+        loss=" + ".join(config.loss_types),
         version=manifest["versions"]["preftune"],
         dataset=", ".join(name.rsplit("/", 1)[-1] for name, _ in config.sources),
         run=config.run_name,
@@ -65,7 +66,7 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         batch=manifest["global_batch_size"],
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
-        knobs=json.dumps(config.loss_knobs),
+        knobs=json.dumps({loss.value: config.knobs_of(loss) for loss in config.loss_types}),
         precision=manifest["precision"],
         save_dtype=manifest["save_dtype"],
     )

@@ -39,7 +39,7 @@ def test_every_preset_with_every_loss_is_shown_as_a_config_that_reloads(tmp_path
     own = LOSS_SPECS[loss].applying({})
     if read_preset(name)["loss_type"] == loss:
         own |= {key: float(value) for key, value in read_preset(name).items() if key in KNOBS}
-    assert parsed.config.loss_knobs == own
+    assert parsed.config.knobs_of(DPOLossType(loss)) == own
 
 
 def read_preset(name):

@@ -151,7 +151,7 @@ def reads_of_members(config):
                     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
                 }
     # The knobs of a loss are read by name: the table of losses says which.
-    reads["loss_knobs"] = set(KNOBS)
+    reads["knobs_of"] = set(KNOBS)
     return reads
 
 

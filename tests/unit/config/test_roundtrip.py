@@ -86,7 +86,14 @@ def loss_and_knobs(loss):
     return given_or_not(**every).map(of_this_loss)
 
 
-losses = st.sampled_from(list(DPOLossType)).flatmap(loss_and_knobs)
+losses = st.sampled_from(list(DPOLossType)).flatmap(loss_and_knobs) | st.fixed_dictionaries(
+    {"loss_type": st.sampled_from([["dpo", "bco_pair"], ["exo_pair", "simpo"]])},
+    optional={
+        "loss_weights": st.lists(positive, min_size=2, max_size=2),
+        "sft_weight": positive,
+        "beta": positive,
+    },
+)
 lengths = given_or_not(num_epochs=positive) | given_or_not(max_train_steps=counts)
 warmups = st.one_of(
     given_or_not(lr_scheduler_type=st.sampled_from(SCHEDULES), warmup_ratio=fraction),
