@@ -29,7 +29,7 @@ class DPOP(Loss):
         ValueError: if a knob is out of range.
 
     Example:
-        One pair, s_w = −0.1, s_l = −1, β = 0.3, λ = 50: z = 0.3·(0.9 − 5) = −1.23, value 1.4868.
+        One pair, s_w = −0.1, s_l = −1, β = 0.3, λ = 50: z = 0.3·(0.9 − 5) = −1.23, value 1.4864.
 
     Source: arXiv:2402.13228, section 4, the DPOP loss.
 
