@@ -39,6 +39,7 @@ def test_diff_shows_resolved_values_that_differ(capsys, tmp_path):
     assert [line.split() for line in lines] == [
         [str(first), str(run)],
         ["loss_type", "dpo", "simpo"],
+        ["f_divergence", "reverse_kl", "not", "set"],
         ["learning_rate", "1.0e-06", "5.0e-07"],
         ["max_grad_norm", "1.0", "null"],
         ["gamma_beta_ratio", "not", "set", "0.5"],

@@ -65,7 +65,7 @@ class ComposedConfig:
         for field in section_fields(type(self)):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
-                values[field.name] = value.value if isinstance(value, Enum) else value
+                values[field.name] = _plain(value)
         return values
 
     def to_yaml(self) -> str:
@@ -84,6 +84,12 @@ class ComposedConfig:
                 found.append(Problem(field.name, value, str(error)))
                 setattr(self, field.name, default_of(field))
         return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def sections(config: type) -> Iterator[type[Section]]:

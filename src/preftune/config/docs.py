@@ -6,6 +6,9 @@ from functools import cache
 from itertools import pairwise
 from textwrap import dedent
 
+from preftune.losses.knobs import KNOBS, LossKnobs
+from preftune.losses.spec import knob_readers
+
 
 @cache
 def field_docs(config: type) -> dict[str, str]:
@@ -15,11 +18,15 @@ def field_docs(config: type) -> dict[str, str]:
         config: the dataclass. Without its source (a frozen application) nothing is found.
 
     Returns:
-        Field name to text, of the nearest class that has one.
+        Field name to text, of the nearest class that has one. That of a loss's knob ends with the
+        losses that read it and their defaults.
     """
     docs: dict[str, str] = {}
     for parent in reversed(config.__mro__):
-        if parent is not object:
+        if parent is LossKnobs:
+            readers = {name: f"Read by (default): {knob_readers(name)}." for name in KNOBS}
+            docs |= {name: f"{doc} {readers[name]}" for name, doc in _own_docs(parent).items()}
+        elif parent is not object:
             docs |= _own_docs(parent)
     return docs
 

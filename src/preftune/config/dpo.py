@@ -5,7 +5,8 @@ from typing import Literal
 
 from preftune.config.problem import Problem
 from preftune.config.section import Section
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType, WPOAlignment
+from preftune.losses.knobs import KNOBS, LossKnobs
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
@@ -22,29 +23,59 @@ def layout_problems(forward_layout: ForwardLayout, attn_implementation: str) -> 
     return [Problem("forward_layout", forward_layout, message, ("attn_implementation",))]
 
 
+def knob_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of the losses' knobs: read by none of them, or out of their range."""
+    found = []
+    specs = {loss: LOSS_SPECS[loss] for loss in config.loss_types}
+    for name in KNOBS:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        readers = [spec for spec in specs.values() if name in spec.applying(vars(config))]
+        bad = [spec.knob(name) for spec in readers if spec.knob(name).problem(value)]
+        if not readers:
+            said = [f"the loss {loss.value} {spec.refusal(name)}" for loss, spec in specs.items()]
+            found.append(Problem(name, value, "; ".join(said), ("loss_type",)))
+        elif bad:
+            found.append(Problem(name, value, f"it must be {bad[0].range}"))
+    return found
+
+
+def weight_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of what losses are summed, and how."""
+    found, losses, weights = [], config.loss_types, config.loss_weights
+    if not losses or len(set(losses)) != len(losses):
+        shown = [loss.value for loss in losses]
+        found.append(Problem("loss_type", shown, "it must name at least one loss, each once"))
+    if weights is not None and len(weights) != len(losses):
+        message = f"loss_type names {len(losses)} losses; give one weight for each"
+        found.append(Problem("loss_weights", weights, message, ("loss_type",)))
+    elif weights is not None and min(weights, default=1.0) <= 0:
+        found.append(Problem("loss_weights", weights, "each must be above 0"))
+    if config.sft_weight < 0:
+        found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
+    return found
+
+
 @dataclass(kw_only=True)
-class DPOConfig(Section):
+class LossChoice:
+    """The loss, ahead of its knobs."""
+
+    loss_type: DPOLossType | list[DPOLossType] = DPOLossType.DPO
+    """The loss, or a list of losses to sum, which share the knobs that are given. docs/losses.md
+    has each one's formula, source, settings and curves."""
+
+    loss_weights: list[float] | None = None
+    """One weight above 0 for each loss of `loss_type`. Unset: 1 each."""
+
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the
+    loss; 0 (off) or more."""
+
+
+@dataclass(kw_only=True)
+class DPOConfig(LossKnobs, LossChoice, Section):
     """The loss. A knob left unset takes the default of the chosen loss."""
-
-    loss_type: DPOLossType = DPOLossType.DPO
-    """The loss. dpo: sigmoid of the log-ratios; dpo_norm: of log-ratios per token; simpo: of
-    log-probs per token, no reference; wpo: dpo weighted by the policy's own probabilities."""
-
-    beta: float | None = None
-    """Strength of the pull to the reference (simpo: scale of the reward), above 0. Unset: the
-    loss's own (dpo 0.1, dpo_norm 5, simpo 2, wpo 0.1)."""
-
-    label_smoothing: float | None = None
-    """Probability that a preference label is wrong, 0 (off) to below 0.5. Unset: the loss's
-    default."""
-
-    gamma_beta_ratio: float | None = None
-    """simpo's target margin between mean log-probs, in nats a token, before beta scales it; 0
-    (off) or more. Unset: the loss's default."""
-
-    wpo_alignment: WPOAlignment | None = None
-    """How wpo makes a pair's weight comparable between tokens. sampled: each token's probability
-    divided by the one expected of a sampled token; none: as it is. Unset: the loss's default."""
 
     forward_layout: ForwardLayout = "auto"
     """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
@@ -56,11 +87,22 @@ class DPOConfig(Section):
     `forward_layout` says."""
 
     def __post_init__(self) -> None:
-        """Fill the knobs of the chosen loss."""
-        spec = LOSS_SPECS.get(self.loss_type)  # None only while a wrong name awaits its report
-        for name, default in spec.knobs.items() if spec else ():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        """Fill the knobs of the chosen loss; where several differ, each keeps its own default."""
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
+            self.loss_type = self.loss_type[0]
+        given, defaults = dict(vars(self)), {}
+        for loss in self.loss_types:
+            spec = LOSS_SPECS.get(loss)  # None only while a wrong name awaits its report
+            for name, default in spec.applying(given).items() if spec else ():
+                defaults.setdefault(name, set()).add(default)
+        for name, values in defaults.items():
+            if getattr(self, name) is None and len(values) == 1:
+                setattr(self, name, values.pop())
+
+    @property
+    def loss_types(self) -> list[DPOLossType]:
+        """The losses that are summed."""
+        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
 
     @property
     def wanted_layout(self) -> ForwardLayout:
@@ -71,28 +113,22 @@ class DPOConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probs."""
-        return LOSS_SPECS[self.loss_type].needs_reference
+        """Whether a loss reads the reference's log-probs."""
+        return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
 
-    @property
-    def loss_knobs(self) -> dict[str, float | str]:
-        """The chosen loss's knobs and their values."""
-        return {name: getattr(self, name) for name in LOSS_SPECS[self.loss_type].knobs}
+    def knobs_of(self, loss: DPOLossType) -> dict[str, float | str]:
+        """The knobs of one of the losses: those given, and its defaults.
+
+        Args:
+            loss: one of `loss_types`.
+        """
+        given = {name: value for name in KNOBS if (value := getattr(self, name)) is not None}
+        applying = LOSS_SPECS[loss].applying(given)
+        return {name: given.get(name, default) for name, default in applying.items()}
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = []
-        applying = LOSS_SPECS[self.loss_type].knobs
-        for name, knob in KNOBS.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name not in applying:
-                readers = ", ".join(loss for loss, spec in LOSS_SPECS.items() if name in spec.knobs)
-                message = f"the loss {self.loss_type.value} does not read it, only {readers}"
-                found.append(Problem(name, value, message, ("loss_type",)))
-            elif knob.problem(value):
-                found.append(Problem(name, value, f"it must be {knob.range}"))
+        found = [*weight_problems(self), *knob_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

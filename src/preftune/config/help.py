@@ -1,6 +1,7 @@
 """`--help`: every option under its section, with the docstring of its field."""
 
 import argparse
+from enum import EnumType
 from typing import Any, Literal, get_args, get_origin
 
 from preftune.config.composed import ComposedConfig, default_of, section_fields, sections
@@ -49,8 +50,8 @@ def _metavar(config: type, name: str) -> str:
         return f"TEXT|{shape}" if str in kinds else shape
     if several := next((kind for kind in kinds if get_origin(kind) is list), None):
         item = get_args(several)[0]
-        word = "|".join(get_args(item)) if get_origin(item) is Literal else "TEXT"
-        return f"{word} ..."
+        words = get_args(item) if get_origin(item) is Literal else _members(item)
+        return f"{'|'.join(words) or 'TEXT'} ..."
     if bool in kinds:
         return "[true|false]"
     if float in kinds or int in kinds:
@@ -61,7 +62,7 @@ def _metavar(config: type, name: str) -> str:
 
 
 def _members(kind: Any) -> list[str]:
-    return [] if kind is type(None) else [member.value for member in kind]
+    return [str(member) for member in kind] if isinstance(kind, EnumType) else []
 
 
 def _escape(text: str) -> str:

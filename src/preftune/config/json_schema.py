@@ -14,7 +14,7 @@ from preftune.config.composed import VERSION_KEY, ComposedConfig, default_of, se
 from preftune.config.docs import field_docs
 from preftune.config.preset import PRESET_DOC, PRESET_KEY, preset_names
 from preftune.config.typed import DECIMAL, INTEGER, alternatives, reader_of
-from preftune.losses.spec import KNOBS, Knob
+from preftune.losses.knobs import KNOBS, Knob
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SWITCH = r"^([Tt]rue|TRUE|[Ff]alse|FALSE|[Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF)$"
@@ -94,9 +94,9 @@ def _any_of(hint: Any) -> dict[str, Any]:
 def _in_range(schema: dict[str, Any], knob: Knob) -> dict[str, Any]:
     if schema.get("type") != "number":
         return schema
-    bounds = {}
-    if math.isfinite(knob.low):
-        bounds["exclusiveMinimum" if knob.low_open else "minimum"] = knob.low
-    if math.isfinite(knob.high):
-        bounds["exclusiveMaximum" if knob.high_open else "maximum"] = knob.high
+    bounds, numbers = {}, knob.numbers
+    if math.isfinite(numbers.low):
+        bounds["exclusiveMinimum" if numbers.low_open else "minimum"] = numbers.low
+    if math.isfinite(numbers.high):
+        bounds["exclusiveMaximum" if numbers.high_open else "maximum"] = numbers.high
     return schema | bounds

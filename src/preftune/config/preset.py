@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from preftune.config.yamlfile import Entry, read_yaml
-from preftune.losses.spec import KNOBS, DPOLossType
+from preftune.losses.knobs import KNOBS
+from preftune.losses.spec import DPOLossType
 
 PRESET_KEY = "preset"
 """Key of a config file, and option, that names a preset; it is no field of a configuration."""

@@ -95,8 +95,9 @@ def read_as(value: Any, kinds: tuple[Any, ...]) -> Any:
     if of_entries and isinstance(value, dict):
         key, item = map(alternatives, of_entries)
         return {read_as(name, key): read_as(held, item) for name, held in value.items()}
+    enum = next((kind for kind in kinds if _is_enum(kind)), None)
     if of_items:
-        if isinstance(value, str) and str not in kinds:
+        if isinstance(value, str) and str not in kinds and not enum:
             value = [value]
         if isinstance(value, list | tuple):
             return [read_as(held, alternatives(of_items[0])) for held in value]
@@ -105,7 +106,7 @@ def read_as(value: Any, kinds: tuple[Any, ...]) -> Any:
         return value
     if not _may_be_read(value, plain):
         raise ValueError
-    if enum := next((kind for kind in plain if _is_enum(kind)), None):
+    if enum:
         return enum(value)  # jsonargparse knows members by name, users by value
     try:
         read = _parser_of(plain).parse_object({"value": value}, defaults=False)["value"]
@@ -184,7 +185,9 @@ def _words(kind: Any) -> list[str]:
         return [f"a mapping such as {held}"]
     if get_origin(kind) is list:
         item = get_args(kind)[0]
-        return list(get_args(item)) if get_origin(item) is Literal else ["a list such as [a, b]"]
+        if get_origin(item) is Literal:
+            return list(get_args(item))
+        return ["a list of them" if _is_enum(item) else "a list such as [a, b]"]
     if _is_enum(kind):
         return [member.value for member in kind]
     names = {bool: ["true", "false"], int: ["a whole number"], float: ["a finite number"]}

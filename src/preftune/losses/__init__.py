@@ -1,6 +1,8 @@
 """Losses on pairs: pure functions of log-probs, one value a pair, usable without the rest.
 
-Names that need torch are loaded on first use, so that config and `--help` can read `spec`.
+Each loss is the class that `LOSS_SPECS` names, in the module of its `loss_type`; all of them can be
+imported from here. What needs torch is loaded on first use, so that config and `--help` can read
+the table.
 
 Example:
     >>> import torch
@@ -15,42 +17,37 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from preftune.losses.knobs import KNOBS
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 if TYPE_CHECKING:
-    from preftune.losses.base import PairLogps, PairLoss
-    from preftune.losses.dpo import DPO
-    from preftune.losses.dpo_norm import DPONorm
-    from preftune.losses.make import Loss, make_loss
-    from preftune.losses.simpo import SimPO
-    from preftune.losses.wpo import WPO
+    from preftune.losses.base import Loss, PairLogps, PairLoss
+    from preftune.losses.combined import Combined, combine
+    from preftune.losses.make import make_loss
 
 __all__ = [
-    "DPO",
+    "KNOBS",
     "LOSS_SPECS",
-    "WPO",
+    "Combined",
     "DPOLossType",
-    "DPONorm",
     "Loss",
     "PairLogps",
     "PairLoss",
-    "SimPO",
+    "combine",
     "make_loss",
 ]
 
-_HOMES = {
-    "PairLogps": "preftune.losses.base",
-    "PairLoss": "preftune.losses.base",
-    "DPO": "preftune.losses.dpo",
-    "DPONorm": "preftune.losses.dpo_norm",
-    "SimPO": "preftune.losses.simpo",
-    "WPO": "preftune.losses.wpo",
-    "Loss": "preftune.losses.make",
-    "make_loss": "preftune.losses.make",
+_HOMES = {spec.class_name: loss.value for loss, spec in LOSS_SPECS.items()} | {
+    "Loss": "base",
+    "PairLogps": "base",
+    "PairLoss": "base",
+    "Combined": "combined",
+    "combine": "combined",
+    "make_loss": "make",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(f"preftune.losses.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'preftune.losses' has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """What every loss takes and gives, and the few lines that they share."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+from preftune.losses.f_divergence import divergence_score
+from preftune.losses.knobs import FDivergence
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class PairLoss:
     """The same of the rejected completion."""
 
 
-class LossBase:
-    """Checks a loss's knobs when it is made; each loss is a frozen dataclass on top of this.
+class Loss(ABC):
+    """A loss on pairs; each is a frozen dataclass on top of this, with its knobs as fields.
 
     No `__call__` of a loss waits for the device: it reads no tensor's value on the host.
     """
@@ -74,14 +77,30 @@ class LossBase:
         Raises:
             ValueError: naming every knob out of range.
         """
-        problems = [KNOBS[name].problem(getattr(self, name)) for name in self._knob_names]
+        spec = LOSS_SPECS[self.loss_type]
+        problems = [spec.knob(name).problem(getattr(self, name)) for name in spec.knobs]
         found = [problem for problem in problems if problem]
         if found:
             raise ValueError(f"{self.loss_type}: " + "; ".join(found))
 
-    @property
-    def _knob_names(self) -> list[str]:
-        return list(LOSS_SPECS[self.loss_type].knobs)
+    @abstractmethod
+    def __call__(self, logps: PairLogps) -> PairLoss:
+        """Value and implicit rewards of each pair.
+
+        Args:
+            logps: of the pairs; what the loss does not read may be missing.
+
+        Raises:
+            ValueError: if something is missing that the loss reads.
+        """
+
+    @abstractmethod
+    def value_at_reference(self, logps: PairLogps) -> float | None:
+        """Mean over pairs where policy equals reference; None if no constant is known.
+
+        Args:
+            logps: the pairs. Where they matter this waits for the device: for the start of a run.
+        """
 
     @property
     def reads_alignment(self) -> bool:
@@ -101,6 +120,41 @@ class LossBase:
             logps.chosen - logps.ref_chosen.detach(),
             logps.rejected - logps.ref_rejected.detach(),
         )
+
+
+class MarginLoss(Loss):
+    """A loss that sees a pair only through z = β·(f'(s_w) − f'(s_l)), s the log-ratios.
+
+    f is the divergence from the reference (`f_divergence`); with reverse_kl, f'(s) = s. The
+    implicit reward of a completion is β·f'(s).
+    """
+
+    beta: float
+    f_divergence: FDivergence
+    f_divergence_alpha: float
+
+    def __call__(self, logps: PairLogps) -> PairLoss:
+        """Value and implicit rewards of each pair; a reward is β × f'(π − ρ).
+
+        Args:
+            logps: sums of policy and reference.
+
+        Raises:
+            ValueError: if the reference's log-probs are missing.
+        """
+        chosen, rejected = (
+            divergence_score(logratio, self.f_divergence, self.f_divergence_alpha)
+            for logratio in self._logratios(logps)
+        )
+        return PairLoss(
+            values=self._of_margin(self.beta * (chosen - rejected)),
+            chosen_rewards=(self.beta * chosen).detach(),
+            rejected_rewards=(self.beta * rejected).detach(),
+        )
+
+    @abstractmethod
+    def _of_margin(self, margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """The value, given z."""
 
 
 def smoothed_logistic(

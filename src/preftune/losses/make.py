@@ -1,16 +1,12 @@
 """From a loss's name and knobs to the loss."""
 
 from difflib import get_close_matches
-from typing import Any, TypeAlias, assert_never
+from importlib import import_module
+from typing import Any
 
-from preftune.losses.dpo import DPO
-from preftune.losses.dpo_norm import DPONorm
-from preftune.losses.simpo import SimPO
+from preftune.losses.base import Loss
+from preftune.losses.knobs import KNOBS
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
-from preftune.losses.wpo import WPO
-
-Loss: TypeAlias = DPO | DPONorm | SimPO | WPO
-"""Every loss on pairs: a closed union."""
 
 
 def make_loss(loss_type: DPOLossType, **knobs: Any) -> Loss:
@@ -18,35 +14,25 @@ def make_loss(loss_type: DPOLossType, **knobs: Any) -> Loss:
 
     Args:
         loss_type: which loss.
-        **knobs: any of `LOSS_SPECS[loss_type].knobs`.
+        **knobs: any of `LOSS_SPECS[loss_type].applying(knobs)`.
 
     Raises:
-        ValueError: if a knob is unknown, belongs to another loss only, or is out of range.
+        ValueError: if a knob is unknown, would be ignored, or is out of range.
     """
+    spec = LOSS_SPECS[loss_type]
+    applying = spec.applying(knobs)
     for name in knobs:
-        if name not in LOSS_SPECS[loss_type].knobs:
-            raise ValueError(_foreign_knob(loss_type, name))
-    match loss_type:
-        case DPOLossType.DPO:
-            return DPO(**knobs)
-        case DPOLossType.DPO_NORM:
-            return DPONorm(**knobs)
-        case DPOLossType.SIMPO:
-            return SimPO(**knobs)
-        case DPOLossType.WPO:
-            return WPO(**knobs)
-        case _:
-            assert_never(loss_type)
+        if name not in applying:
+            raise ValueError(_foreign_knob(loss_type, name, list(applying)))
+    module = import_module(f"preftune.losses.{loss_type.value}")
+    return getattr(module, spec.class_name)(**knobs)
 
 
-def _foreign_knob(loss_type: DPOLossType, name: str) -> str:
-    own = list(LOSS_SPECS[loss_type].knobs)
-    owners = [other for other, spec in LOSS_SPECS.items() if name in spec.knobs]
-    if owners:
-        return (
-            f"{name} is a knob of {', '.join(owners)}; {loss_type} would ignore it: "
-            f"leave it out (knobs of {loss_type}: {', '.join(own)})"
-        )
+def _foreign_knob(loss_type: DPOLossType, name: str, own: list[str]) -> str:
+    listed = f"(knobs of {loss_type}: {', '.join(own)})"
+    if name in KNOBS:
+        refusal = LOSS_SPECS[loss_type].refusal(name)
+        return f"{name} is given, and the loss {loss_type} {refusal}; leave it out {listed}"
     near = get_close_matches(name, own, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{name} is no knob of a loss; {hint}(knobs of {loss_type}: {', '.join(own)})"
+    return f"{name} is no knob of a loss; {hint}{listed}"

@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from preftune.losses.base import LossBase, PairLogps, PairLoss, smoothed_logistic
+from preftune.losses.base import Loss, PairLogps, PairLoss, smoothed_logistic
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.SIMPO].knobs
 
 
 @dataclass(frozen=True)
-class SimPO(LossBase):
+class SimPO(Loss):
     """Simple preference optimisation.
 
-    z = β·(π_w/|y_w| − π_l/|y_l| − gamma_beta_ratio), π the policy's summed log-probs and |y| the
-    number of scored tokens; value = −(1−ε)·logσ(z) − ε·logσ(−z).
+    z = β·(π_w/|y_w| − π_l/|y_l| − γ/β); value = −(1−ε)·logσ(z) − ε·logσ(−z)
+
+    π is the policy's summed log-prob of a completion, nats, |y| the number of its scored tokens;
+    `gamma_beta_ratio` is γ/β.
 
     Args:
         beta: β > 0, per nat a token. The paper searches 2.0 to 2.5; its authors' README finds
@@ -34,6 +36,11 @@ class SimPO(LossBase):
 
     Deviates: the margin is given as γ/β, as in the authors' code; ε is in that code, not in the
     paper.
+
+    Settings: β 2 to 2.5 or 10, γ/β 0.5, learning rate 3e-7 to 1e-6 (the authors' README).
+
+    Curves: the first loss depends on the data: no constant. Both log-probs fall; at a rate of 1e-5
+    answers fall apart while the curves look fine.
     """
 
     loss_type: ClassVar[DPOLossType] = DPOLossType.SIMPO

@@ -1,159 +1,183 @@
 """What each loss is called, reads and is set by: the table config, help and docs are made from.
 
-No torch here: config and `--help` import this module. Every default and every range of a loss
-knob is stated in this file and nowhere else; the dataclasses in the loss files take theirs from it.
+No torch here: config and `--help` import this module. Every default of a loss is stated in this
+file and nowhere else; the dataclasses in the loss files take theirs from it.
 """
 
-import math
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-WPOAlignment: TypeAlias = Literal["sampled", "none"]
+from preftune.losses.knobs import KNOBS, Knob, Range
 
 
 class DPOLossType(StrEnum):
-    """The losses on pairs, by the name that `loss_type` takes."""
+    """The losses on pairs, by the name that `loss_type` takes; each is in the file of its name."""
 
     DPO = "dpo"
     DPO_NORM = "dpo_norm"
     SIMPO = "simpo"
     WPO = "wpo"
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One setting of a loss: its range and its default."""
-
-    name: str
-    doc: str
-    """One line for help and docs, unit included."""
-    default: float | str | None = None
-    """What a loss takes unless its `LossSpec` says otherwise; None if every loss has its own."""
-    low: float = -math.inf
-    high: float = math.inf
-    low_open: bool = False
-    """Whether `low` itself is outside the range."""
-    high_open: bool = False
-    """Whether `high` itself is outside the range."""
-    choices: tuple[str, ...] = ()
-    """The words a knob takes that is no number; empty for numbers."""
-
-    @property
-    def range(self) -> str:
-        """The legal values in words, to follow "must be"."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        bounds = []
-        if math.isfinite(self.low):
-            bounds.append(f"{'above' if self.low_open else 'at least'} {self.low:g}")
-        if math.isfinite(self.high):
-            bounds.append(f"{'below' if self.high_open else 'at most'} {self.high:g}")
-        return " ".join(["a finite number", " and ".join(bounds)]).strip()
-
-    def problem(self, value: object) -> str | None:
-        """Say what is wrong with a value.
-
-        Args:
-            value: anything; a bool or a number written as text is no number.
-
-        Returns:
-            Such as "beta is 0; it must be a finite number above 0"; None if the value is legal.
-        """
-        if self.choices:
-            legal = isinstance(value, str) and value in self.choices
-        else:
-            legal = self._is_number_in_range(value)
-        return None if legal else f"{self.name} is {value!r}; it must be {self.range}"
-
-    def _is_number_in_range(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        # Not isfinite, which raises on an int too large for a float.
-        finite = abs(value) <= sys.float_info.max
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return finite and above and below
-
-
-KNOBS: dict[str, Knob] = {
-    knob.name: knob
-    for knob in (
-        Knob(
-            "beta",
-            "strength of the pull towards the reference (simpo: scale of the reward); per nat, or "
-            "per nat a token for losses that divide by length",
-            low=0.0,
-            low_open=True,
-        ),
-        Knob(
-            "label_smoothing",
-            "assumed share of pairs whose labels are swapped",
-            default=0.0,
-            low=0.0,
-            high=0.5,
-            high_open=True,
-        ),
-        Knob(
-            "gamma_beta_ratio",
-            "target margin between mean log-probs, in nats a token, before beta scales it",
-            default=0.5,
-            low=0.0,
-        ),
-        Knob(
-            "wpo_alignment",
-            "how a pair's weight is made comparable between tokens: 'sampled' divides each "
-            "token's probability by the one expected of a sampled token, 'none' leaves it",
-            default="sampled",
-            choices=get_args(WPOAlignment),
-        ),
-    )
-}
-"""Each knob once, whichever losses read it."""
+    IPO = "ipo"
+    HINGE = "hinge"
+    ROBUST = "robust"
+    EXO_PAIR = "exo_pair"
+    NCA_PAIR = "nca_pair"
+    BCO_PAIR = "bco_pair"
+    SPPO_HARD = "sppo_hard"
+    APO_ZERO = "apo_zero"
+    APO_DOWN = "apo_down"
+    DISCOPOP = "discopop"
+    DPOP = "dpop"
+    ORPO = "orpo"
+    CPO = "cpo"
 
 
 @dataclass(frozen=True)
 class LossSpec:
     """What config, the forward and the docs must know of a loss before torch is loaded."""
 
+    class_name: str
+    """Of the loss, in the file that bears its `loss_type`."""
     summary: str
-    """One line for help and docs."""
+    """One line for docs."""
     knobs: Mapping[str, Any]
     """The knobs this loss reads, with this loss's own defaults; it has no others."""
-    needs_reference: bool
+    needs_reference: bool = True
     """Whether it reads the reference's log-probs; where False, no reference forward runs."""
     reads_alignment: bool = False
     """Whether it can read `PairLogps.*_alignment`; the loss object says if, so set, it does."""
+    narrower: Mapping[str, Knob] = field(default_factory=dict)
+    """Knobs whose range is narrower here than elsewhere."""
+
+    def knob(self, name: str) -> Knob:
+        """A knob with the range that this loss allows."""
+        return self.narrower.get(name, KNOBS[name])
+
+    def applying(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The knobs that this loss reads beside those given, with its defaults.
+
+        Args:
+            given: knobs by name; None or absent is not given.
+        """
+        applying = {}
+        for name, default in self.knobs.items():
+            other = KNOBS[name].only_with
+            chosen = other and (given.get(other.name) or self.knobs[other.name])
+            if other is None or chosen == other.value:
+                applying[name] = default
+        return applying
+
+    def refusal(self, name: str) -> str:
+        """Why a knob that is given does not apply, to follow "the loss x "."""
+        other = KNOBS[name].only_with
+        if name in self.knobs and other is not None:
+            return f"reads it only with {other.name} {other.value}"
+        readers = ", ".join(loss for loss, spec in LOSS_SPECS.items() if name in spec.knobs)
+        return f"does not read it, only {readers}"
 
 
-def _knobs(*names: str, **own_defaults: float) -> dict[str, Any]:
-    return own_defaults | {name: KNOBS[name].default for name in names}
+def knob_readers(name: str) -> str:
+    """Which losses read a knob and their defaults, such as "dpo 0.1, wpo 0.1"."""
+    return ", ".join(
+        f"{loss} {spec.knobs[name]}" for loss, spec in LOSS_SPECS.items() if name in spec.knobs
+    )
 
 
+_SMOOTHING = {"label_smoothing": 0.0}
+_DIVERGENCE = {"f_divergence": "reverse_kl", "f_divergence_alpha": 0.5}
+
+# The loss files name the source of every default.
 LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.DPO: LossSpec(
-        summary="DPO: logistic loss on the margin of summed log-ratios",
-        knobs=_knobs("label_smoothing", beta=0.1),
-        needs_reference=True,
+        "DPO",
+        "logistic loss on the margin of summed log-ratios",
+        {"beta": 0.1, **_SMOOTHING, **_DIVERGENCE},
     ),
     DPOLossType.DPO_NORM: LossSpec(
-        summary="length-normalised DPO (Tülu 3): log-ratios divided by completion length",
-        knobs=_knobs("label_smoothing", beta=5.0),
-        needs_reference=True,
+        "DPONorm",
+        "DPO on log-ratios a token (Tülu 3)",
+        {"beta": 5.0, **_SMOOTHING},
     ),
-    # SimPO's paper searches beta in 2.0..2.5 and gamma in 0.3..1.6; its authors' README advises
-    # gamma/beta = 0.5 to start from, within 0..1 (their code's own default is 0.25).
     DPOLossType.SIMPO: LossSpec(
-        summary="SimPO: margin of mean log-probs against a target, without a reference",
-        knobs=_knobs("gamma_beta_ratio", "label_smoothing", beta=2.0),
+        "SimPO",
+        "margin of mean log-probs against a target, without a reference",
+        {"beta": 2.0, "gamma_beta_ratio": 0.5, **_SMOOTHING},
         needs_reference=False,
     ),
     DPOLossType.WPO: LossSpec(
-        summary="WPO: DPO with each pair weighted by how likely the policy is to write it",
-        knobs=_knobs("label_smoothing", "wpo_alignment", beta=0.1),
-        needs_reference=True,
+        "WPO",
+        "DPO with each pair weighted by how likely the policy is to write it",
+        {"beta": 0.1, **_SMOOTHING, "wpo_alignment": "sampled", "wpo_cap": "one"},
         reads_alignment=True,
+    ),
+    DPOLossType.IPO: LossSpec(
+        "IPO",
+        "squared distance of the margin from a finite target",
+        {"beta": 0.1, "ipo_log_ratios": "sum"},
+    ),
+    DPOLossType.HINGE: LossSpec(
+        "Hinge",
+        "hinge loss on DPO's margin (SLiC, RSO): nothing beyond margin 1/beta",
+        {"beta": 0.05, **_DIVERGENCE},
+    ),
+    DPOLossType.ROBUST: LossSpec(
+        "Robust",
+        "DPO, unbiased where a known share of labels is swapped (rDPO)",
+        {"beta": 0.1, "label_smoothing": 0.1, **_DIVERGENCE},
+    ),
+    DPOLossType.EXO_PAIR: LossSpec(
+        "EXOPair",
+        "reverse KL from the preference that the policy implies to the smoothed label",
+        {"beta": 0.5, "label_smoothing": 1e-3, **_DIVERGENCE},
+        narrower={"label_smoothing": Knob("label_smoothing", Range(0.0, 0.5, True, True))},
+    ),
+    DPOLossType.NCA_PAIR: LossSpec(
+        "NCAPair",
+        "noise contrastive: raises the chosen answer itself, not only its lead",
+        {"beta": 0.01},
+    ),
+    DPOLossType.BCO_PAIR: LossSpec(
+        "BCOPair",
+        "binary classifier: chosen above and rejected below the reference",
+        {"beta": 0.01},
+    ),
+    DPOLossType.SPPO_HARD: LossSpec(
+        "SPPOHard",
+        "squared distance of each log-ratio from its own target (self-play, certain labels)",
+        {"beta": 0.001},
+    ),
+    DPOLossType.APO_ZERO: LossSpec(
+        "APOZero",
+        "anchored: chosen up, rejected down; for answers better than the model's own",
+        {"beta": 0.1},
+    ),
+    DPOLossType.APO_DOWN: LossSpec(
+        "APODown",
+        "anchored: both down, rejected more; for answers worse than the model's own",
+        {"beta": 0.1},
+    ),
+    DPOLossType.DISCOPOP: LossSpec(
+        "DiscoPOP",
+        "blend of the logistic and the exponential loss, found by a language model",
+        {"beta": 0.05, "discopop_tau": 0.05, **_DIVERGENCE},
+    ),
+    DPOLossType.DPOP: LossSpec(
+        "DPOP",
+        "DPO with a penalty where the chosen answer falls below the reference (Smaug)",
+        {"beta": 0.3, "dpop_lambda": 50.0},
+    ),
+    DPOLossType.ORPO: LossSpec(
+        "ORPO",
+        "fine-tuning on the chosen answer plus an odds ratio, without a reference",
+        {"beta": 0.1},
+        needs_reference=False,
+    ),
+    DPOLossType.CPO: LossSpec(
+        "CPO",
+        "DPO against a uniform reference plus fine-tuning on the chosen answer",
+        {"beta": 0.1, **_SMOOTHING, "cpo_alpha": 1.0, "cpo_nll": "sum"},
+        needs_reference=False,
     ),
 }

@@ -7,18 +7,21 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from preftune.losses.base import LossBase, PairLogps, PairLoss, mean_on_host, smoothed_logistic
-from preftune.losses.spec import LOSS_SPECS, DPOLossType, WPOAlignment
+from preftune.losses.base import Loss, PairLogps, PairLoss, mean_on_host, smoothed_logistic
+from preftune.losses.knobs import WPOAlignment, WPOCap
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.WPO].knobs
 
 
 @dataclass(frozen=True)
-class WPO(LossBase):
+class WPO(Loss):
     """Weighted preference optimisation.
 
-    value = w × (−(1−ε)·logσ(βh) − ε·logσ(−βh)), h as in `DPO`; w = min(1, exp(a_w + a_l)) is
-    a constant to the gradient. With p the policy's probabilities and means over scored tokens,
+    z = β·(s_w − s_l), v = min(1, e^(a_w + a_l)); value = v·(−(1−ε)·logσ(z) − ε·logσ(−z))
+
+    s = π − ρ is the log-ratio of a completion, sums in nats, as in `DPO`; the weight v is constant
+    to the gradient. With p the policy's probabilities and means over scored tokens,
 
     - `sampled`: a = mean_t(log p(y_t) − log Σ_v p(v)²), near 0 for text the policy could write;
     - `none`: a = mean_t log p(y_t) = π/|y|, never above 0, so that the cap does nothing.
@@ -27,19 +30,24 @@ class WPO(LossBase):
         beta: β > 0, per nat, as in `DPO`.
         label_smoothing: ε in [0, 0.5): assumed share of swapped labels.
         wpo_alignment: "sampled" or "none".
+        wpo_cap: "one", or "none" for a weight that may pass 1.
 
     Raises:
         ValueError: if a knob is out of range.
 
     Example:
-        One pair, h = 0, alignments −0.5 and −0.5: w = e^−1 = 0.3679, value 0.3679·ln 2 = 0.2550.
+        One pair, z = 0, alignments −0.5 and −0.5: v = e^−1 = 0.3679, value 0.3679·ln 2 = 0.2550.
 
-    Source: arXiv:2406.11827, section "Weighted Preference Optimization" and, for the two
+    Source: arXiv:2406.11827, equation 2 and, for the two
     alignments, "Weight Alignment"; the cap at 1, ε and the detached weight as in the authors'
     code (github.com/wzhouad/WPO, scripts/run_wpo.py).
 
-    Deviates: greedy alignment, the paper's third, is not offered. TRL's has no cap. The values
-    are averaged over pairs, not over Σw, as in the authors' code.
+    Deviates: greedy alignment, the paper's third, is not offered. TRL has no cap: `wpo_cap` "none".
+    The values are averaged over pairs, not over the weights' sum, as in the authors' code.
+
+    Settings: β 0.01 in the paper (section 4), 0.1 here as for dpo; learning rate as for dpo.
+
+    Curves: as dpo's, times the mean weight, which falls as answers leave what the policy writes.
     """
 
     loss_type: ClassVar[DPOLossType] = DPOLossType.WPO
@@ -47,6 +55,7 @@ class WPO(LossBase):
     beta: float = _DEFAULTS["beta"]
     label_smoothing: float = _DEFAULTS["label_smoothing"]
     wpo_alignment: WPOAlignment = _DEFAULTS["wpo_alignment"]
+    wpo_cap: WPOCap = _DEFAULTS["wpo_cap"]
 
     @property
     def reads_alignment(self) -> bool:
@@ -71,7 +80,7 @@ class WPO(LossBase):
         )
 
     def weights(self, logps: PairLogps) -> Float[Tensor, " pairs"]:
-        """w of each pair, above 0 (or 0 where exp underflows) and at most 1; detached.
+        """v of each pair, above 0 (or 0 where exp underflows), at most 1 if capped; detached.
 
         Args:
             logps: the alignments ("sampled") or sums and lengths ("none") are read.
@@ -89,8 +98,9 @@ class WPO(LossBase):
             )
         else:
             chosen, rejected = logps.chosen_alignment, logps.rejected_alignment
+        exponent = (chosen + rejected).detach()
         # Capped before exp, so that nothing overflows.
-        return (chosen + rejected).detach().clamp(max=0).exp()
+        return exponent.clamp(max=0).exp() if self.wpo_cap == "one" else exponent.exp()
 
     def value_at_reference(self, logps: PairLogps) -> float | None:
         """Mean over pairs where policy equals reference: ln 2 × the mean weight.

@@ -9,10 +9,10 @@ from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.losses import make_loss
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
+from preftune.recipes.loss import loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
@@ -88,7 +88,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         "parameters": loaded.num_parameters,
     }
     batcher, held_out = run.batchers(fields)
-    objective = PreferenceObjective(make_loss(config.loss_type, **config.loss_knobs))
+    objective = PreferenceObjective(loss_of(config))
     micro_batching = MicroBatching(
         pairs.train.examples.sizes,
         layout.name,

@@ -11,7 +11,7 @@ library_name: transformers
 base_model: {model}
 tags:
 - preftune
-- {loss}
+{losses}
 ---
 
 # {name}
@@ -43,12 +43,6 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         config: of the run.
         manifest: of the run; its counts are quoted.
     """
-    settings = config.to_dict()
-    knobs = {
-        key: settings[key]
-        for key in ("beta", "label_smoothing", "gamma_beta_ratio", "wpo_alignment")
-        if key in settings
-    }
     train = manifest["data"]["train"]
     # A local path is the machine's own; the hub's metadata wants a name.
     model = str(config.model_name_or_path).rstrip("/").rsplit("/", 1)
@@ -59,8 +53,9 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
     )
     return _CARD.format(
         model=name,
-        name=f"{model[-1]} aligned with {config.loss_type}",
-        loss=str(config.loss_type),
+        name=f"{model[-1]} aligned with {' + '.join(config.loss_types)}",
+        losses="\n".join(f"- {loss.value}" for loss in config.loss_types),
+        loss=" + ".join(config.loss_types),
         version=manifest["versions"]["preftune"],
         dataset=", ".join(name.rsplit("/", 1)[-1] for name, _ in config.sources),
         run=config.run_name,
@@ -71,7 +66,7 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
         batch=manifest["global_batch_size"],
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
-        knobs=json.dumps(knobs),
+        knobs=json.dumps({loss.value: config.knobs_of(loss) for loss in config.loss_types}),
         precision=manifest["precision"],
         save_dtype=manifest["save_dtype"],
     )

@@ -22,7 +22,6 @@ from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
-from preftune.losses.spec import LOSS_SPECS
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import PairBatcher, PreferenceObjective
@@ -113,7 +112,7 @@ class Run:
     ) -> PairBatcher:
         config, runtime = self.config, self.runtime
         values = None
-        if LOSS_SPECS[config.loss_type].needs_reference:
+        if config.needs_reference:
             store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
             # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
             # forward would wait for the other ranks; they then find the values in the store.

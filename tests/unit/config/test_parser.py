@@ -9,6 +9,7 @@ from preftune.config.quickstart import QuickstartConfig
 from preftune.errors import ConfigError
 from preftune.losses.spec import DPOLossType
 
+LOSSES = f"{', '.join(DPOLossType)} or a list of them"
 NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d")
 
 
@@ -120,7 +121,7 @@ MISTAKES = {
     "wrong_enum": (
         "loss_type: simpoo\n",
         "",
-        ["config.yaml line 1: loss_type is 'simpoo'; it must be dpo, dpo_norm, simpo or wpo"],
+        [f"config.yaml line 1: loss_type is 'simpoo'; it must be {LOSSES}"],
     ),
     "wrong_type": (
         "seed: 1\n\nlearning_rate: abc\n",
@@ -286,7 +287,7 @@ MISTAKES = {
         "--seed=-1 --los simpo --max_length 0",
         [
             "config.yaml line 2: betta is not an option; did you mean beta?",
-            "command line: --los is not an option; did you mean --loss_type?",
+            "command line: --los is not an option; did you mean --loss_type or --loss_weights?",
             "config.yaml line 1: learning_rate is 'abc'; it must be a finite number such as 5e-07",
             "config.yaml line 3: mixed_precision is 'bf61'; it must be auto, fp32 or bf16",
             "command line: --seed is -1; it must be from 0 to 4294967295",

@@ -10,7 +10,8 @@ from preftune.config.parser import parse_config, parse_with_places
 from preftune.config.preset import preset_names, preset_path, preset_summary
 from preftune.config.yamlfile import read_yaml
 from preftune.errors import ConfigError
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+from preftune.losses.knobs import KNOBS
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 MODEL = ("--model_name_or_path", "m")
 DATA = ("--dataset_name", "d")
@@ -35,10 +36,10 @@ def test_every_preset_with_every_loss_is_shown_as_a_config_that_reloads(tmp_path
     assert parse_config(ExperimentConfig, [str(file)]) == parsed.config
     values = json.loads(json.dumps(parsed.config.to_dict()))
     assert ExperimentConfig(**values) == parsed.config
-    own = dict(LOSS_SPECS[loss].knobs)
+    own = LOSS_SPECS[loss].applying({})
     if read_preset(name)["loss_type"] == loss:
         own |= {key: float(value) for key, value in read_preset(name).items() if key in KNOBS}
-    assert parsed.config.loss_knobs == own
+    assert parsed.config.knobs_of(DPOLossType(loss)) == own
 
 
 def read_preset(name):

@@ -22,7 +22,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
-from preftune.losses.spec import KNOBS
+from preftune.losses.knobs import KNOBS
 
 ROOT = Path(preftune.__file__).parent
 CONFIGS = {"train": ExperimentConfig, "score": ScoreConfig, "quickstart": QuickstartConfig}
@@ -151,7 +151,7 @@ def reads_of_members(config):
                     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
                 }
     # The knobs of a loss are read by name: the table of losses says which.
-    reads["loss_knobs"] = set(KNOBS)
+    reads["knobs_of"] = set(KNOBS)
     return reads
 
 

@@ -13,7 +13,8 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.parser import parse_config
 from preftune.config.score import ScoreConfig
 from preftune.errors import ConfigError
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+from preftune.losses.knobs import KNOBS
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
 SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "polynomial", "wsd")
@@ -64,18 +65,34 @@ def given_or_not(**fields):
     return st.fixed_dictionaries({}, optional=fields)
 
 
-def knob_values(name):
-    knob = KNOBS[name]
+def knob_values(loss, name):
+    knob = LOSS_SPECS[loss].knob(name)
     if knob.choices:
         return st.sampled_from(knob.choices)
-    ends = {"exclude_min": knob.low_open, "exclude_max": knob.high_open}
-    return st.floats(max(knob.low, -1e9), min(knob.high, 1e9), **ends)
+    numbers = knob.numbers
+    ends = {"exclude_min": numbers.low_open, "exclude_max": numbers.high_open}
+    return st.floats(max(numbers.low, -1e9), min(numbers.high, 1e9), **ends)
 
 
-losses = st.sampled_from(list(DPOLossType)).flatmap(
-    lambda loss: given_or_not(**{name: knob_values(name) for name in LOSS_SPECS[loss].knobs}).map(
-        lambda knobs: {"loss_type": loss.value, **knobs}
-    )
+def loss_and_knobs(loss):
+    """A loss and any knobs that it reads together."""
+    spec = LOSS_SPECS[loss]
+    every = {name: knob_values(loss, name) for name in spec.knobs}
+
+    def of_this_loss(given):
+        read = {name: given[name] for name in spec.applying(given) if name in given}
+        return {"loss_type": loss.value, **read}
+
+    return given_or_not(**every).map(of_this_loss)
+
+
+losses = st.sampled_from(list(DPOLossType)).flatmap(loss_and_knobs) | st.fixed_dictionaries(
+    {"loss_type": st.sampled_from([["dpo", "bco_pair"], ["exo_pair", "simpo"]])},
+    optional={
+        "loss_weights": st.lists(positive, min_size=2, max_size=2),
+        "sft_weight": positive,
+        "beta": positive,
+    },
 )
 lengths = given_or_not(num_epochs=positive) | given_or_not(max_train_steps=counts)
 warmups = st.one_of(
@@ -151,7 +168,7 @@ def test_reading_back_what_was_written_is_the_identity(config):
 def test_every_loss_reloads_with_only_its_own_knobs(loss):
     config = ExperimentConfig(**NEEDED, loss_type=loss)
     assert reloaded(config) == config
-    assert KNOBS.keys() & config.to_dict().keys() == LOSS_SPECS[loss].knobs.keys()
+    assert KNOBS.keys() & config.to_dict().keys() == LOSS_SPECS[loss].applying({}).keys()
 
 
 def test_scoring_reloads_too():

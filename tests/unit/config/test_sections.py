@@ -13,7 +13,8 @@ from preftune.config.problem import InvalidConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.training import TrainingConfig
 from preftune.errors import ConfigError
-from preftune.losses.spec import KNOBS, LOSS_SPECS, DPOLossType
+from preftune.losses.knobs import KNOBS
+from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
 
@@ -71,6 +72,15 @@ BAD = [
     ({"loss_type": "simpo", "gamma_beta_ratio": -0.1}, "gamma_beta_ratio"),
     ({"gamma_beta_ratio": 0.5}, "gamma_beta_ratio"),
     ({"wpo_alignment": "none"}, "wpo_alignment"),
+    ({"f_divergence_alpha": 0.5}, "f_divergence_alpha"),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.0}, "label_smoothing"),
+    ({"loss_type": ["dpo", "exo_pair"], "label_smoothing": 0.0}, "label_smoothing"),
+    ({"loss_type": ["dpo", "wpo"], "gamma_beta_ratio": 0.5}, "gamma_beta_ratio"),
+    ({"loss_type": ["dpo", "dpo"]}, "loss_type"),
+    ({"loss_type": []}, "loss_type"),
+    ({"loss_type": ["dpo", "wpo"], "loss_weights": [1.0]}, "loss_weights"),
+    ({"loss_weights": [0.0]}, "loss_weights"),
+    ({"sft_weight": -0.1}, "sft_weight"),
     ({"forward_layout": "separate", "concatenated_forward": True}, "concatenated_forward"),
     ({"forward_layout": "concatenated", "concatenated_forward": False}, "concatenated_forward"),
     ({"num_epochs": 0.0}, "num_epochs"),
@@ -148,6 +158,9 @@ GOOD = [
     {"checkpointing_steps": "epoch", "keep_last_n_checkpoints": None},
     {"checkpointing_steps": None},
     {"loss_type": "simpo", "gamma_beta_ratio": 0.0},
+    {"f_divergence": "alpha", "f_divergence_alpha": 0.25},
+    {"loss_type": ["dpo", "bco_pair"], "loss_weights": [0.8, 0.2], "sft_weight": 1.0},
+    {"loss_weights": [2.0]},
     {"seed": 2**32 - 1, "data_seed": 0},
 ]
 
@@ -226,11 +239,23 @@ def test_the_error_is_a_config_error_with_every_problem_in_its_text():
 def test_knobs_take_the_defaults_of_their_loss_and_others_stay_unset(loss):
     config = make(loss_type=loss.value)
     assert config.loss_type is loss
-    assert config.loss_knobs == dict(LOSS_SPECS[loss].knobs)
+    assert config.knobs_of(loss) == LOSS_SPECS[loss].applying({})
     assert config.needs_reference == LOSS_SPECS[loss].needs_reference
-    unread = KNOBS.keys() - LOSS_SPECS[loss].knobs.keys()
+    unread = KNOBS.keys() - config.knobs_of(loss).keys()
     assert all(getattr(config, name) is None for name in unread)
     assert unread.isdisjoint(config.to_dict())
+
+
+def test_summed_losses_share_what_is_given_and_keep_their_own_defaults():
+    config = make(loss_type=["dpo", "exo_pair", "simpo"])
+    assert (config.beta, config.label_smoothing) == (None, None)
+    assert (config.f_divergence, config.gamma_beta_ratio) == ("reverse_kl", 0.5)
+    assert [config.knobs_of(loss)["beta"] for loss in config.loss_types] == [0.1, 0.5, 2.0]
+    assert config.needs_reference
+    config = make(loss_type=["orpo", "simpo"], beta=0.3)
+    assert [config.knobs_of(loss)["beta"] for loss in config.loss_types] == [0.3, 0.3]
+    assert not config.needs_reference
+    assert make(loss_type=["wpo"]) == make(loss_type="wpo")
 
 
 def test_what_is_left_unset_is_resolved():
@@ -294,7 +319,7 @@ def test_a_single_name_is_a_list_of_one():
 def test_a_knob_of_another_loss_is_refused(loss, name):
     knob = KNOBS[name]
     value = knob.choices[0] if knob.choices else 0.25
-    if name in LOSS_SPECS[loss].knobs:
+    if name in LOSS_SPECS[loss].applying({}):
         assert getattr(make(loss_type=loss, **{name: value}), name) == value
     else:
         assert problem_keys(ExperimentConfig, **NEEDED, loss_type=loss, **{name: value}) == [name]

@@ -6,8 +6,13 @@ from dataclasses import dataclass, replace
 import mpmath
 import pytest
 import torch
+from hypothesis import settings
 
 from preftune.losses import Loss, PairLogps
+
+# A machine with other work on it takes seconds where milliseconds are due.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.losses import DPO, PairLogps
+from preftune.losses import PairLogps
+from preftune.losses.dpo import DPO
+from tests.oracles import divergence_score, log_sigmoid, logratios
 
 nats = st.floats(-500, 0, allow_subnormal=False)
 
@@ -30,6 +32,47 @@ def formula(pair, beta, eps):
 @pytest.mark.parametrize("eps", [0.0, 0.1, 0.49])
 def test_value_and_gradient(pair, beta, eps, check_formula):
     check_formula(DPO(beta=beta, label_smoothing=eps), pair, formula(pair, beta, eps))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+def test_other_divergences(divergence, alpha, pairs, check_formula):
+    """Up to 30 nats from the reference on either side; beyond, see the clamp."""
+    for chosen, rejected in ((-10.0, -9.0), (-40.0, -9.0), (-2.5, -30.0)):
+        pair = replace(pairs["preferred"], chosen=chosen, rejected=rejected)
+
+        def value(chosen, rejected, pair=pair):
+            w, r = (
+                divergence_score(s, divergence, alpha) for s in logratios(pair, chosen, rejected)
+            )
+            return -log_sigmoid((w - r) / 10)
+
+        loss = DPO(beta=0.1, f_divergence=divergence, f_divergence_alpha=alpha)
+        check_formula(loss, pair, value)
+
+
+def test_divergences_by_hand(pairs, make_batch):
+    """s = 2 and −1: 1 − e^−s; log 2 + logσ(s); with alpha ½, 2(1 − e^(−s/2))."""
+    expected = {
+        "forward_kl": (0.8646647168, -1.7182818285),
+        "js": (0.5662191695, -0.6201145070),
+        "alpha": (1.2642411177, -1.2974425414),
+    }
+    for divergence, rewards in expected.items():
+        result = DPO(beta=1.0, f_divergence=divergence)(make_batch([pairs["preferred"]]))
+        assert result.chosen_rewards.item() == pytest.approx(rewards[0], abs=1e-9)
+        assert result.rejected_rewards.item() == pytest.approx(rewards[1], abs=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 80.0), (torch.float16, 11.0)])
+def test_the_clamp_of_divergences(dtype, largest, pairs, make_batch):
+    """Below −80 nats (fp16: −11) the score of forward KL stays at 1 − e^80, and has no slope."""
+    pair = replace(pairs["at_reference"], chosen=-200.0, ref_chosen=-100.0)
+    logps = make_batch([pair], dtype, grad=True)
+    result = DPO(beta=1.0, f_divergence="forward_kl")(logps)
+    result.values.sum().backward()
+    assert result.chosen_rewards.item() == pytest.approx(1 - math.exp(largest), rel=1e-2)
+    assert logps.chosen.grad.item() == 0
 
 
 @pytest.mark.parametrize(("eps", "expected"), [(0.0, 0.5543552445), (0.1, 0.5843552445)])

@@ -52,6 +52,13 @@ def test_constant_by_hand(alignment, expected, pairs, make_batch):
     assert result.values.item() == pytest.approx(expected, abs=1e-10)
 
 
+def test_the_cap_by_hand(pairs, make_batch):
+    """Alignments 0.75 and 0.25 weigh e; capped, 1."""
+    logps = make_batch([pairs["weight_capped"]])
+    assert WPO().weights(logps).item() == 1
+    assert WPO(wpo_cap="none").weights(logps).item() == pytest.approx(math.e, rel=1e-12)
+
+
 def test_rewards_are_those_of_dpo(pair, make_batch):
     logps = make_batch([pair], grad=True)
     weighted, plain = WPO()(logps), DPO()(logps)
