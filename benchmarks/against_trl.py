@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="folder of results; unset: bench/ and the time")
-    add("--resume", action="store_true", help="keep what --output holds, and go on")
+    add("--resume", action="store_true", help="keep what is finished in --output, and go on")
     options = parser.parse_args()
     if options.growth:
         options.model, options.no_gates = "random-small", True
@@ -149,6 +149,8 @@ class Bench:
                 if key not in CHANGEABLE and record["options"].get(key) != value:
                     before = record["options"].get(key)
                     raise SystemExit(f"--{key} was {before!r} in {self.file}, now {value!r}")
+            for setting in record["settings"]:  # what failed is tried again
+                setting["runs"] = [run for run in setting["runs"] if "error" not in run]
             return record
         return {
             "date": time.strftime("%Y-%m-%d"),
