@@ -81,6 +81,9 @@ class Run:
             "precision": runtime.precision,
             "layout": layout.name,
             "layout_why": layout.why,
+            "attention": layout.attention,
+            "attention_tried": layout.tried,
+            "head_chunk_size": loaded.policy.head_chunk_size,
             "compact_head": loaded.policy.compact_head,
             "steps": num_steps,
             "steps_per_epoch": sampler.steps_per_epoch,
@@ -234,6 +237,8 @@ class Run:
             "pairs a step": self.manifest["global_batch_size"],
             "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
+            "layout": self.layout,
+            "attention": self.manifest["attention"],
             "reference namespace": self.manifest.get("reference_namespace"),
         }
 
