@@ -27,8 +27,8 @@ class VarlenArrays:
         max_q, max_k  4, 4
     """
 
-    cu_seqlens_q: Int[Tensor, " spans+1"]
-    cu_seqlens_k: Int[Tensor, " spans+1"]
+    cu_seqlens_q: Int[Tensor, " offsets"]
+    cu_seqlens_k: Int[Tensor, " offsets"]
     kv_index: Int[Tensor, " keys"]
     """Token of each key: prefix and own tokens, span after span."""
     max_q: int
@@ -98,20 +98,22 @@ def block_arrays(segments: Segments, block_size: int, window: int | None) -> Blo
 
     The queries of one span that lie in one block see a run of the prefix and a run of the span.
     What any of them sees begins where the first one's view begins and ends with the last one; what
-    all of them see begins with the last one's view and ends with the first one.
+    all of them see begins with the last one's view and ends with the first one. A block of keys is
+    seen whole by as many queries as the spans in a block of queries add up to.
     """
     blocks = -(-segments.spans[-1].stop // block_size)
     some = np.zeros((blocks, blocks), dtype=bool)
-    full = np.zeros((blocks, blocks), dtype=bool)
+    queries_of_whole = np.zeros((blocks, blocks), dtype=np.int64)
     for span in segments.spans:
         for row in range(span.start // block_size, -(-span.stop // block_size)):
             first = max(span.start, row * block_size)
             last = min(span.stop, (row + 1) * block_size) - 1
             for begin, end in _seen(span, first, last, window):
                 some[row, begin // block_size : -(-end // block_size)] |= begin < end
-            if last - first == block_size - 1:
-                for begin, end in _seen(span, last, first, window):
-                    full[row, -(-begin // block_size) : end // block_size] = True
+            for begin, end in _seen(span, last, first, window):
+                whole = slice(-(-begin // block_size), end // block_size)
+                queries_of_whole[row, whole] += last + 1 - first
+    full = queries_of_whole == block_size
     return BlockArrays(torch.from_numpy(some & ~full), torch.from_numpy(full))
 
 

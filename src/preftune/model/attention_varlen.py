@@ -78,6 +78,8 @@ def _gathered(
     query: Tensor, key: Tensor, value: Tensor, arrays: VarlenArrays
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, heads, head_dim) queries, and (keys, key heads, head_dim) keys and values."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in computed(query, key, value))
+    query, key, value = (
+        tensor.squeeze(0).transpose(0, 1) for tensor in computed(query, key, value)
+    )
     keys, values = (tensor.index_select(0, arrays.kv_index) for tensor in (key, value))
     return query.contiguous(), keys, values

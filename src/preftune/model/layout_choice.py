@@ -70,12 +70,15 @@ def choose_layout(
         else:
             use_layout(policy, packed)
             return packed
+    if attention in ("varlen", "flex"):  # kernels of packed rows alone
+        raise ModelError(
+            f"attn_implementation is {attention!r} (as set, or as the run began), and {why}; begin "
+            "a run with auto"
+        )
     if wanted == "shared_prefix":
         raise ModelError(
             f"forward_layout is 'shared_prefix', and {why}; leave it out, and the pairs are padded"
         )
-    if attention in ("varlen", "flex"):  # kernels of packed rows alone
-        raise ModelError(f"attn_implementation is {attention!r}, and {why}; set it to auto")
     return _padded(policy.model, "concatenated", attention, why)
 
 
@@ -161,7 +164,7 @@ def _packed(setting: _Setting, attention: AttentionName) -> LayoutChoice:
             refused[kernel] = reason
     seconds = _timed(setting, [kernel for kernel in candidates if kernel not in refused], refused)
     if attention in refused:
-        raise _Refused(f"its packed form is not right here: {refused[attention]}")
+        raise _Refused(f"{attention} is not right here: {refused[attention]}")
     if attention == "auto":
         chosen = min(seconds, key=seconds.__getitem__, default="sdpa")
         return LayoutChoice("shared_prefix", "", chosen, {**seconds, **refused})
@@ -184,7 +187,12 @@ def _timed(
     """
     if not kernels:
         return {}
-    plain = setting.trial("sdpa")
+    try:
+        plain = setting.trial("sdpa")
+    except Exception as error:  # of the memory that an ordinary row takes
+        why = f"there is nothing to hold it against: sdpa fails ({_told(error)})"
+        refused.update(dict.fromkeys(kernels, why))
+        return {}
     seconds: dict[PackedKernel, float] = {"sdpa": plain.seconds}
     dtype = setting.autocast or setting.policy.model.dtype
     for kernel in kernels:
