@@ -253,6 +253,13 @@ MISTAKES = {
     "flash attention for fp32 products": Mistake(
         {"attn_implementation": "flash_attention_2"}, device=NEW_GPU, packages=("flash_attn",)
     ),
+    "a kernel of packed rows without a GPU": given(attn_implementation="flex"),
+    "a kernel of packed rows for fp32 products": Mistake(
+        {"attn_implementation": "varlen"}, device=NEW_GPU
+    ),
+    "a kernel of packed rows for padded pairs": given(
+        attn_implementation="varlen", concatenated_forward="true"
+    ),
     "bf16 products on a GPU without them": Mistake({"mixed_precision": "bf16"}, device=OLD_GPU),
     "bf16 weights on a GPU without bf16": Mistake({"dtype": "bfloat16"}, device=OLD_GPU),
     # ---- folders

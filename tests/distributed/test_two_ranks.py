@@ -12,6 +12,42 @@ from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
 pytestmark = pytest.mark.distributed
 
 
+DECIDE = """
+from preftune.distributed.runtime import Runtime, leave_process_group
+from preftune.errors import ModelError
+
+runtime = Runtime("fp32", seed=0)
+assert runtime.world_size == 2
+mine = {"rank": runtime.rank}
+assert runtime.decide(lambda: mine) == {"rank": 0}
+
+def fail():
+    raise ModelError(f"no such luck on rank {runtime.rank}")
+
+try:
+    runtime.decide(fail)
+except ModelError as error:
+    assert str(error) == "no such luck on rank 0", error
+else:
+    raise SystemExit("nothing was raised")
+leave_process_group()
+"""
+
+
+def test_what_rank_0_decides_or_raises_holds_for_all():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", "--no-python"]
+    result = subprocess.run(
+        [*launch, sys.executable, "-c", DECIDE],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("num_pairs", [21, 17])
 def test_two_ranks_equal_one(tmp_path, num_pairs):
     """21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from preftune import train
-from preftune.errors import CheckpointError
+from preftune.errors import CheckpointError, ModelError
 from tests.runs import read_metrics, tiny_config
 
 SETTINGS = {"test_size": 5, "eval_steps": 2, "logging_steps": 2, "checkpointing_steps": 1}
@@ -55,6 +55,26 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_the_same_config_twice_gives_the_same_bits(straight):
     train(settings(straight, output_dir=straight / "again"))
     assert_same_run(straight / "run", straight / "again")
+
+
+def test_choices_of_the_start_are_kept(straight, tmp_path):
+    """In run.json and in checkpoints; what is recorded is taken, not chosen again."""
+    manifest = json.loads((straight / "run" / "run.json").read_text())
+    chosen = {key: manifest[key] for key in ("layout", "attention", "attention_tried")}
+    assert chosen == {"layout": "shared_prefix", "attention": "sdpa", "attention_tried": {}}
+    assert manifest["head_chunk_size"] > 0
+    stop_after(straight, 3, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
+    document = json.loads(state.read_text())
+    assert (
+        document["identity"] | {"layout": "shared_prefix", "attention": "sdpa"}
+        == (document["identity"])
+    )
+    document["identity"]["attention"] = "flex"
+    state.write_text(json.dumps(document))
+    for options in ({}, {"resume": str(state.parent), "output_dir": tmp_path / "branch"}):
+        with pytest.raises(ModelError, match=r"is 'flex' .*runs on CUDA GPUs only"):
+            train(settings(straight, **({"output_dir": tmp_path / "run"} | options)))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])

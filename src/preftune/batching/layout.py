@@ -42,10 +42,11 @@ class Segments:
     """
 
     spans: tuple[Span, ...]
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """Masks that the layers of one forward share, by span, window and device."""
-    calls: list[int] = field(default_factory=list, compare=False, repr=False)
-    """One entry a call of the attention function: how the probe sees that every layer took part."""
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the layers of one forward share, by kind and device: masks, index arrays."""
+    calls: list[Any] = field(default_factory=list, compare=False, repr=False)
+    """What each call of the attention function asked for (`model.attention.LayerCall`): how the
+    probe sees that every layer took part, and what kernels must be able to express."""
 
 
 @dataclass(frozen=True)

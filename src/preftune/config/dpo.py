@@ -10,17 +10,23 @@ from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
+PACKED_ONLY = ("varlen", "flex")
+"""Values of `attn_implementation` that padded pairs cannot have."""
 
 
-def layout_problems(forward_layout: ForwardLayout, attn_implementation: str) -> list[Problem]:
-    """The problem of a packed layout with an attention kernel that has no packed form."""
-    if forward_layout != "shared_prefix" or attn_implementation in ("auto", "sdpa"):
-        return []
-    message = (
-        f"attn_implementation {attn_implementation} has no packed form: take auto or sdpa, or "
-        "another forward_layout"
-    )
-    return [Problem("forward_layout", forward_layout, message, ("attn_implementation",))]
+def layout_problems(wanted_layout: ForwardLayout, attn_implementation: str) -> list[Problem]:
+    """The problem of a layout with an attention kernel that has no form for it."""
+    if wanted_layout == "shared_prefix" and attn_implementation == "eager":
+        message = (
+            "attn_implementation eager has no packed form: take auto or sdpa, or another "
+            "forward_layout"
+        )
+        return [Problem("forward_layout", wanted_layout, message, ("attn_implementation",))]
+    if wanted_layout in ("concatenated", "separate") and attn_implementation in PACKED_ONLY:
+        message = f"it is a kernel of packed rows, and the layout is {wanted_layout}: take auto"
+        others = ("forward_layout", "concatenated_forward")
+        return [Problem("attn_implementation", attn_implementation, message, others)]
+    return []
 
 
 def knob_problems(config: "DPOConfig") -> list[Problem]:

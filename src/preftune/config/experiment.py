@@ -46,7 +46,7 @@ class ExperimentConfig(
 
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other, or that nothing reads."""
-        found = layout_problems(self.forward_layout, self.attn_implementation)
+        found = layout_problems(self.wanted_layout, self.attn_implementation)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))

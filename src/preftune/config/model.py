@@ -10,6 +10,8 @@ from preftune.config.section import Section
 CHAT_TEMPLATES = ("chatml", "tulu", "zephyr", "llama3", "alpaca", "plain")
 """Names of the chat templates that come with preftune."""
 
+AttentionName = Literal["auto", "eager", "sdpa", "flash_attention_2", "varlen", "flex"]
+
 
 @dataclass(kw_only=True)
 class ModelConfig(Section):
@@ -37,8 +39,11 @@ class ModelConfig(Section):
     """How weights are stored; how products are computed is `mixed_precision`. bfloat16 weights
     need half the memory, and AdamW loses small updates on them."""
 
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention kernel. auto: the best that the device and the model support."""
+    attn_implementation: AttentionName = "auto"
+    """The attention kernel. sdpa: PyTorch's scaled_dot_product_attention, answer by answer;
+    flash_attention_2 (the package flash-attn), varlen and flex (PyTorch's own): one call for a
+    packed row, on GPUs; eager: written out, for padded pairs. auto: on a GPU the fastest of those
+    that are right for the model, measured at the start; on a CPU sdpa."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""

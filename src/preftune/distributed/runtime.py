@@ -1,22 +1,30 @@
 """The only importer of Accelerate: devices, ranks, precision, gradient sync, clipping."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, PreftuneError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+"""Type that products are computed in, where it is not the weights'."""
+T = TypeVar("T")
 
 
 def resolve_precision(choice: Literal["auto", "fp32", "bf16"]) -> Precision:
@@ -147,6 +155,24 @@ class Runtime:
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device)).item())
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What `choose` returns on rank 0, on every rank; what it raises there, all raise.
+
+        For choices by measurement, which ranks alone could make differently.
+        """
+        if self.world_size == 1:
+            return choose()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = choose()
+            except PreftuneError as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

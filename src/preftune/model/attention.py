@@ -1,135 +1,178 @@
-"""Attention of a packed row, span by span, called by unedited models of transformers.
+"""Attention of a packed row, called by unedited models of transformers.
 
-Registered under a name of its own, so that transformers builds no mask and hands the layout on to
+Registered under names of its own, so that transformers builds no mask and hands the layout on to
 every layer. Linear layers see exactly the real tokens of a micro-batch; here each answer sees its
-prompt and itself and nothing else.
+prompt and itself and nothing else. Which kernel computes it is the name that the model was given
+(`set_attn_implementation`): nothing is kept in a global.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, TypeAlias, assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from preftune.batching.layout import Segments, Span
+from preftune.batching.layout import Segments
+from preftune.model.attention_flex import block_attention
+from preftune.model.attention_rules import ScoreRules
+from preftune.model.attention_spans import span_attention
+from preftune.model.attention_varlen import flash_attention, varlen_attention
+
+PackedKernel: TypeAlias = Literal["sdpa", "varlen", "flash_attention_2", "flex"]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Segments, ScoreRules], Tensor]
 
 SEGMENTS = "preftune_segments"
+"""Span by span with scaled_dot_product_attention: right for every model, on every device."""
+
+# transformers reads meaning into names that hold "flash" or "flex", so ours do not.
+REGISTERED: dict[PackedKernel, str] = {
+    "sdpa": SEGMENTS,
+    "varlen": "preftune_varlen",
+    "flash_attention_2": "preftune_fa2",
+    "flex": "preftune_blocks",
+}
+"""`attn_implementation` -> the name that transformers knows."""
 
 
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    segments: Segments | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls in each layer.
+FUSED: tuple[PackedKernel, ...] = ("varlen", "flash_attention_2", "flex")
+"""Kernels that compute a packed row in one call, on CUDA GPUs, and not every model's."""
 
-    Args:
-        module: the attention layer.
-        query: (1, heads, tokens, head_dim), rotated.
-        key: (1, key heads, tokens, head_dim), rotated.
-        value: (1, key heads, tokens, value_dim).
-        attention_mask: None: the segments say who sees whom.
-        scaling: of the scores; None is head_dim ** -0.5.
-        dropout: probability, 0 in eval mode.
-        sliding_window: a token sees this many positions, itself among them.
-        softcap: Gemma 2: scores become softcap * tanh(scores / softcap).
-        s_aux: (heads,) gpt-oss's attention sinks: a logit more in each softmax, without a value.
-        segments: the spans; reaches this function as a keyword of the model's forward.
 
-    Returns:
-        (1, tokens, heads, value_dim), and no weights.
+class LayerCall(NamedTuple):
+    """What one layer asked of packed attention."""
+
+    layer: int
+    head_dim: int
+    value_dim: int
+    has_softcap: bool
+    has_sinks: bool
+
+
+def _register(name: str, kernel: Kernel) -> None:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """What transformers calls in each layer.
+
+        Args:
+            module: the attention layer.
+            query: (1, heads, tokens, head_dim), rotated.
+            key: (1, key heads, tokens, head_dim), rotated.
+            value: (1, key heads, tokens, value_dim).
+            attention_mask: None: the segments say who sees whom.
+            scaling: see `ScoreRules.scale`, and so on.
+            dropout: of attention weights.
+            sliding_window: of positions.
+            softcap: of scores.
+            s_aux: sinks.
+            segments: the spans; reaches this function as a keyword of the model's forward.
+
+        Returns:
+            (1, tokens, heads, value_dim), and no weights.
+        """
+        if segments is None or attention_mask is not None or query.shape[0] != 1:
+            raise RuntimeError("packed attention was called without a packed row")
+        layer = getattr(module, "layer_idx", -1)
+        dims = query.shape[-1], value.shape[-1]
+        segments.calls.append(LayerCall(layer, *dims, softcap is not None, s_aux is not None))
+        rules = ScoreRules(scaling, dropout, sliding_window, softcap, s_aux)
+        return kernel(query, key, value, segments, rules), None
+
+    AttentionInterface.register(name, attention)
+
+
+_register(REGISTERED["sdpa"], span_attention)
+_register(REGISTERED["varlen"], varlen_attention)
+_register(REGISTERED["flash_attention_2"], flash_attention)
+_register(REGISTERED["flex"], block_attention)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a model's layers need of a kernel, and where it would run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the products: autocast's, or the weights'."""
+    has_dropout: bool
+    """Whether attention weights may be dropped in training."""
+    calls: Sequence[LayerCall]
+
+
+def why_not(kernel: PackedKernel, demands: Demands) -> str | None:
+    """Why a kernel cannot compute what a model needs; None if it should be able to.
+
+    Example: varlen for Gemma 2: "it has no soft-capping of scores".
     """
-    if segments is None or attention_mask is not None or query.shape[0] != 1:
-        raise RuntimeError("packed attention was called without a packed row")
-    segments.calls.append(getattr(module, "layer_idx", -1))
-    outputs = []
-    for span in segments.spans:
-        keys, values = _with_prefix(key, span), _with_prefix(value, span)
-        queries = query[:, :, span.start : span.stop]
-        mask = _mask(segments, span, sliding_window, query.device)
-        if softcap is None and s_aux is None:
-            outputs.append(
-                scaled_dot_product_attention(
-                    queries,
-                    keys,
-                    values,
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )
-            )
-        else:
-            if mask is None:
-                mask = _causal(span.stop - span.start, 0, None, query.device)
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            outputs.append(_explicit(queries, keys, values, mask, scale, dropout, softcap, s_aux))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    match kernel:
+        case "sdpa":
+            return None
+        case "varlen":
+            return _fused_why_not(demands) or _varlen_why_not(demands) or _flash_why_not(demands)
+        case "flash_attention_2":
+            if find_spec("flash_attn") is None:
+                return "the package flash-attn is not installed"
+            return _fused_why_not(demands) or _flash_why_not(demands)
+        case "flex":
+            return _fused_why_not(demands) or _flex_why_not(demands)
+        case _:
+            assert_never(kernel)
 
 
-def _with_prefix(tensor: Tensor, span: Span) -> Tensor:
-    own = tensor[:, :, span.start : span.stop]
-    if span.prefix_start == span.prefix_stop:
-        return own
-    return torch.cat((tensor[:, :, span.prefix_start : span.prefix_stop], own), dim=2)
+def _fused_why_not(demands: Demands) -> str | None:
+    if demands.device.type != "cuda":
+        return "it runs on CUDA GPUs only"
+    if demands.has_dropout:
+        return "it drops no attention weights (disable_dropout is false)"
+    if any(call.has_sinks for call in demands.calls):
+        return "it has no attention sinks"
+    return None
 
 
-def _mask(
-    segments: Segments, span: Span, window: int | None, device: torch.device
-) -> Tensor | None:
-    """What the queries of a span see, or None where that is plain causal attention."""
-    prefix, own = span.prefix_stop - span.prefix_start, span.stop - span.start
-    if window is not None and prefix + own <= window:
-        window = None
-    if prefix == 0 and window is None:
-        return None
-    key = (prefix, own, window, device)
-    if key not in segments.masks:
-        segments.masks[key] = _causal(own, prefix, window, device)
-    return segments.masks[key]
+def _varlen_why_not(demands: Demands) -> str | None:
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} has it without windows"
+    if any(call.has_softcap for call in demands.calls):
+        return "it has no soft-capping of scores"
+    return None
 
 
-def _causal(own: int, prefix: int, window: int | None, device: torch.device) -> Tensor:
-    """(own, prefix + own) True where a query sees a key; distances are those of positions."""
-    mask = torch.ones(own, prefix + own, dtype=torch.bool, device=device).tril(prefix)
-    return mask if window is None else mask.triu(prefix - window + 1)
+def _flash_why_not(demands: Demands) -> str | None:
+    if demands.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 and fp16, not in {_name(demands.dtype)}"
+    if torch.cuda.get_device_capability(demands.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    for call in demands.calls:
+        if call.head_dim != call.value_dim:
+            return f"its keys and values are alike, not {call.head_dim} and {call.value_dim} wide"
+        if call.head_dim % 8 or call.head_dim > 256:
+            return f"its heads have a multiple of 8 dimensions, at most 256, not {call.head_dim}"
+    return None
 
 
-def _explicit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention with its scores written out, for what the fused kernels do not know."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
-        scores = torch.cat((scores, column.to(scores.dtype)), dim=-1)
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    weights = scores.softmax(dim=-1, dtype=dtype).to(query.dtype)
-    weights = nn.functional.dropout(weights[..., : key.shape[2]], dropout, training=True)
-    return weights @ value
+def _flex_why_not(demands: Demands) -> str | None:
+    if demands.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it does not compute in {_name(demands.dtype)}"
+    if any(min(call.head_dim, call.value_dim) < 16 for call in demands.calls):
+        return "its heads have at least 16 dimensions"
+    return None
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -160,7 +160,9 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     source_dtype = getattr(model_config, "dtype", None) or torch.float32
     zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
     path, options = _model_location(config)
-    if config.attn_implementation != "auto":
+    if config.attn_implementation in ("eager", "sdpa"):
+        # The other kernels are given to the model when it is known to be right with them
+        # (`layout_choice`); until then it computes in types that they cannot.
         options["attn_implementation"] = config.attn_implementation
     try:
         # With output_loading_info it returns a pair, which its annotation does not say.
@@ -276,13 +278,18 @@ def _cannot_load(what: str, key: str, name: str, error: Exception) -> ModelError
     )
 
 
-def _zero_dropout(config: Any) -> dict[str, float]:
-    # Attention reads its dropout from the config, not from an nn.Dropout module, so both are set.
-    zeroed = {
+def dropout_settings(config: Any) -> dict[str, float]:
+    """The fields of a model's config that switch dropout on."""
+    return {
         key: value
         for key, value in config.to_dict().items()
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0
     }
+
+
+def _zero_dropout(config: Any) -> dict[str, float]:
+    # Attention reads its dropout from the config, not from an nn.Dropout module, so both are set.
+    zeroed = dropout_settings(config)
     for key in zeroed:
         setattr(config, key, 0.0)
     return zeroed

@@ -7,9 +7,9 @@ from typing import Any
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
-from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.model.layout_choice import choose_layout
+from preftune.model.layout_choice import choose_layout, use_layout
 from preftune.model.load import load_model
 from preftune.objective import PreferenceObjective
 from preftune.recipes.loss import loss_of
@@ -75,8 +75,16 @@ def train(config: ExperimentConfig) -> TrainResult:
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(pinned, runtime.device)
-    wanted = start.layout or config.wanted_layout
-    layout = choose_layout(loaded.policy, wanted, config.attn_implementation, pairs.longest_side)
+    layout = runtime.decide(
+        lambda: choose_layout(
+            loaded.policy,
+            start.layout or config.wanted_layout,
+            start.attention or config.attn_implementation,
+            pairs.longest_side,
+            autocast=AUTOCAST[precision],
+        )
+    )
+    use_layout(loaded.policy, layout)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))

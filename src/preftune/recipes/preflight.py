@@ -97,20 +97,12 @@ def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
     """
     problems = []
     has_cuda = torch.cuda.is_available()
-    if model.attn_implementation == "flash_attention_2":
-        lacks = None
-        if not has_cuda:
-            lacks = "runs on CUDA GPUs, and torch sees none here"
-        # With the package kernels, transformers fetches the kernel from the Hub.
-        elif find_spec("flash_attn") is None and find_spec("kernels") is None:
-            lacks = "needs the package flash-attn, and it is not installed"
-        elif model.dtype == "float32" and resolve_precision(mixed_precision) == "fp32":
-            lacks = "computes in bf16 only, and products are fp32 here (mixed_precision)"
-        if lacks is not None:
-            problems.append(
-                f"attn_implementation is 'flash_attention_2', which {lacks}; "
-                "set --attn_implementation auto"
-            )
+    lacks = _attention_lacks(model, mixed_precision)
+    if lacks is not None:
+        problems.append(
+            f"attn_implementation is {model.attn_implementation!r}, which {lacks}; "
+            "set --attn_implementation auto"
+        )
     if has_cuda:
         problems += [
             f"{key} is {value!r}, and this GPU has no hardware for it; set --{key} {other}"
@@ -118,6 +110,24 @@ def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
         ]
     if problems:
         raise ConfigError(problems)
+
+
+def _attention_lacks(model: ModelConfig, mixed_precision: MixedPrecision) -> str | None:
+    """What the attention kernel that is asked for by name lacks here."""
+    name = model.attn_implementation
+    if name not in ("flash_attention_2", "varlen", "flex"):
+        return None
+    if not torch.cuda.is_available():
+        return "runs on CUDA GPUs, and torch sees none here"
+    if name == "flex":
+        return None
+    # With the package kernels, transformers fetches the kernel from the Hub.
+    packages = ("flash_attn", "kernels")
+    if name == "flash_attention_2" and not any(find_spec(package) for package in packages):
+        return "needs the package flash-attn, and it is not installed"
+    if model.dtype == "float32" and resolve_precision(mixed_precision) == "fp32":
+        return "computes in bf16 only, and products are fp32 here (mixed_precision)"
+    return None
 
 
 def slow_settings(model: ModelConfig, mixed_precision: MixedPrecision) -> list[str]:

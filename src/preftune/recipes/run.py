@@ -84,6 +84,9 @@ class Run:
             "precision": runtime.precision,
             "layout": layout.name,
             "layout_why": layout.why,
+            "attention": layout.attention,
+            "attention_tried": layout.tried,
+            "head_chunk_size": loaded.policy.head_chunk_size,
             "compact_head": loaded.policy.compact_head,
             "steps": num_steps,
             "steps_per_epoch": sampler.steps_per_epoch,
@@ -262,6 +265,8 @@ class Run:
             "pairs a step": self.manifest["global_batch_size"],
             "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
+            "layout": self.layout.name,
+            "attention": self.manifest["attention"],
             "reference namespace": self.manifest.get("reference_namespace"),
         }
 

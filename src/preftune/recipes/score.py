@@ -15,7 +15,7 @@ from preftune.batching.micro_batches import sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
-from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
@@ -150,7 +150,12 @@ def score_model(
     loaded = load_model(model_config, runtime.device)
     longest = int(examples.longest_side.max())
     layout = choose_layout(
-        loaded.policy, config.forward_layout, config.attn_implementation, longest
+        loaded.policy,
+        config.forward_layout,
+        config.attn_implementation,
+        longest,
+        autocast=AUTOCAST[runtime.precision],
+        with_backward=False,
     )
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")

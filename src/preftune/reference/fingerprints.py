@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
+from preftune.model.attention import REGISTERED
 from preftune.model.forward import FORWARD_VERSION, PolicyModel
 from preftune.schema import Completion, TokenizedExample
 
@@ -47,7 +50,7 @@ def namespace_fields(policy: PolicyModel, *, precision: str, layout: str) -> dic
         "dtype": str(parameter.dtype),
         "precision": precision,
         "layout": layout,
-        "attention": config._attn_implementation,
+        "attention": _kernel(str(config._attn_implementation)),
         "compact_head": policy.compact_head,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "device": parameter.device.type,
@@ -55,6 +58,14 @@ def namespace_fields(policy: PolicyModel, *, precision: str, layout: str) -> dic
         "transformers": transformers.__version__,
         "forward_version": FORWARD_VERSION,
     }
+
+
+def _kernel(attention: str) -> str:
+    """The attention's name, with the version of flash-attn where that computes it."""
+    if attention in (REGISTERED["flash_attention_2"], "flash_attention_2"):
+        with suppress(PackageNotFoundError):  # the kernel may come from the Hub, too
+            return f"{attention} {version('flash-attn')}"
+    return attention
 
 
 def namespace_key(fields: Mapping[str, Any]) -> str:

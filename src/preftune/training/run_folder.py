@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from preftune.batching.layout import LayoutName
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.model import AttentionName
 from preftune.errors import CheckpointError
 from preftune.files import write_atomically
 from preftune.training.checkpoint import discard, read_document
@@ -120,13 +121,24 @@ class RunStart:
 
     @property
     def layout(self) -> LayoutName | None:
-        """The forward layout that the run here started with."""
-        return self._noted("layout")
+        """The forward layout that the run to go on with started with."""
+        return self._chosen("layout")
+
+    @property
+    def attention(self) -> AttentionName | None:
+        """The attention kernel that the run to go on with started with."""
+        return self._chosen("attention")
 
     @property
     def model_commit(self) -> str | None:
         """The commit of the model that the run here started from, if it came from a hub."""
         return (self._noted("model") or {}).get("commit")
+
+    def _chosen(self, key: str) -> Any:
+        # A checkpoint may be of another folder, whose choices then go on here.
+        if self.checkpoint is not None:
+            return read_document(self.checkpoint)["identity"].get(key)
+        return self._noted(key)
 
     def _noted(self, key: str) -> Any:
         if self.kind == "new" or not self.folder.manifest.is_file():

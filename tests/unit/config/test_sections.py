@@ -402,13 +402,19 @@ def test_a_section_alone_resolves_and_reports():
     assert [problem.key for problem in section.problems()] == ["warmup_ratio"]
 
 
-@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
-def test_a_packed_layout_needs_a_kernel_with_a_packed_form(attention):
-    options = {"forward_layout": "shared_prefix", "attn_implementation": attention}
+def test_a_packed_layout_needs_a_kernel_with_a_packed_form():
+    options = {"forward_layout": "shared_prefix", "attn_implementation": "eager"}
     for build in (make, lambda **more: ScoreConfig(**NEEDED, **more)):
-        with pytest.raises(
-            ConfigError, match=f"attn_implementation {attention} has no packed form"
-        ):
+        with pytest.raises(ConfigError, match="attn_implementation eager has no packed form"):
             build(**options)
         build(**options | {"forward_layout": "auto"})
-        build(**options | {"attn_implementation": "sdpa"})
+        for attention in ("sdpa", "flash_attention_2", "varlen", "flex"):
+            build(**options | {"attn_implementation": attention})
+
+
+@pytest.mark.parametrize("attention", ["varlen", "flex"])
+def test_padded_pairs_have_no_kernel_of_packed_rows(attention):
+    for options in ({"forward_layout": "concatenated"}, {"concatenated_forward": False}):
+        with pytest.raises(ConfigError, match="is a kernel of packed rows, and the layout is"):
+            make(**options, attn_implementation=attention)
+        make(**options, attn_implementation="flash_attention_2")

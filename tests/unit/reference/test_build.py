@@ -6,8 +6,9 @@ import torch
 
 from preftune.batching.layout import Layout
 from preftune.errors import CacheError
+from preftune.model.attention import REGISTERED
 from preftune.model.forward import PolicyModel, pair_logps
-from preftune.reference import build
+from preftune.reference import build, fingerprints
 from preftune.reference.build import reference_logps
 from preftune.reference.fingerprints import completion_key, namespace_fields, namespace_key
 from preftune.reference.store import ReferenceStore
@@ -129,6 +130,22 @@ def test_the_boundary_is_part_of_the_key():
     assert key((1, 2), (3,)) != key((1,), (2, 3))
     assert key((1,), (2, 3)) != key((1,), (2, 3), (True, False))
     assert key((1,), (2, 3)) == key((1,), (2, 3))
+
+
+def test_the_namespace_follows_the_attention_kernel(monkeypatch):
+    def space(attention):
+        model = tiny_model()
+        model.set_attn_implementation(attention)
+        return namespace_key(
+            namespace_fields(PolicyModel(model), precision="fp32", layout="shared_prefix")
+        )
+
+    spaces = {space(name) for name in REGISTERED.values()}
+    assert len(spaces) == len(REGISTERED)
+    before = space(REGISTERED["flash_attention_2"])
+    monkeypatch.setattr(fingerprints, "version", lambda package: f"9 of {package}")
+    assert space(REGISTERED["flash_attention_2"]) != before
+    assert space(REGISTERED["varlen"]) in spaces
 
 
 def test_the_namespace_follows_content_not_names():
