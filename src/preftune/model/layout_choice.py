@@ -184,7 +184,7 @@ def _timed(
 ) -> dict[PackedKernel, float]:
     """Seconds of a forward and backward with each kernel that is right; `refused` takes the others.
 
-    None if there is nothing to compare.
+    Empty if there is nothing to compare.
     """
     if not kernels:
         return {}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from preftune.batching.layout import Layout, LengthLimits, build_layout
-from preftune.model import forward, layout_choice
+from preftune.model import forward, layout_probe
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.layout_choice import choose_layout
@@ -271,13 +271,13 @@ def test_the_probe_crosses_the_limit_where_rows_do(
     name: str, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    kept = layout_choice.build_layout
+    kept = layout_probe.build_layout
 
     def watched(examples: Any, layout: Any) -> Any:
         seen.append([length for example in examples for length in example.lengths])
         return kept(examples, layout)
 
-    monkeypatch.setattr(layout_choice, "build_layout", watched)
+    monkeypatch.setattr(layout_probe, "build_layout", watched)
     choose_layout(PolicyModel(fresh_model(name)), "auto", "auto", longest)
     for lengths in seen:
         shared = [length for length in lengths if length > 8]
