@@ -21,7 +21,8 @@ class Span(NamedTuple):
     """A run of tokens of a packed row, and what they attend to: a prefix, and causally themselves.
 
     The tokens of a span stand at the positions after its prefix, so it is the end of an ordinary
-    causal sequence `prefix + span`, whatever lies between the two in the row.
+    causal sequence `prefix + span`, whatever lies between the two in the row. A prefix is the
+    beginning of an earlier span.
     """
 
     start: int

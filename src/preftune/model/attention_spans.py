@@ -12,10 +12,19 @@ def span_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, rules: ScoreRules
 ) -> Tensor:
     """One causal attention a span; see `model.attention` for shapes."""
+    lengths = [span.stop - span.start for span in segments.spans]
+    # The backward of a split is one concatenation; that of a slice is a tensor as long as the row.
+    pieces = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
+    number_of = {span.start: number for number, span in enumerate(segments.spans)}
     outputs = []
-    for span in segments.spans:
-        keys, values = _with_prefix(key, span), _with_prefix(value, span)
-        queries = query[:, :, span.start : span.stop]
+    for span, queries, keys, values in zip(segments.spans, *pieces, strict=True):
+        prefix = span.prefix_stop - span.prefix_start
+        if prefix:
+            home = number_of[span.prefix_start]
+            keys, values = (
+                torch.cat((of[home][:, :, :prefix], own), dim=2)
+                for of, own in zip(pieces[1:], (keys, values), strict=True)
+            )
         mask = _mask(segments, span, rules.window, query.device)
         if rules.softcap is None and rules.sinks is None:
             outputs.append(
@@ -35,13 +44,6 @@ def span_attention(
                 mask = _causal(span.stop - span.start, 0, None, query.device)
             outputs.append(_explicit(queries, keys, values, mask, rules))
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _with_prefix(tensor: Tensor, span: Span) -> Tensor:
-    own = tensor[:, :, span.start : span.stop]
-    if span.prefix_start == span.prefix_stop:
-        return own
-    return torch.cat((tensor[:, :, span.prefix_start : span.prefix_stop], own), dim=2)
 
 
 def _mask(
