@@ -5,7 +5,7 @@ head's, and attention's scores and sums. Norms, activations, softmax and the opt
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Layout: TypeAlias = Literal["packed", "concatenated", "separate", "trl", "trl_compact"]
@@ -50,6 +50,8 @@ class Work:
     """Positions that go through the head."""
     scores: int
     """Pairs of query and key for which attention computes a score, in one layer and head."""
+    again: "Work | None" = None
+    """The part whose forward the backward runs once more."""
 
     def __add__(self, other: "Work") -> "Work":
         """Both."""
@@ -79,8 +81,12 @@ def work_of(batch: Sequence[Lengths], layout: Layout) -> Work:
             width = max(longest)
             return Work(2 * rows * width, completions, 2 * rows * _causal(width))
         case "separate":
-            tokens = sum(rows * width for width in longest)
-            return Work(tokens, completions, sum(rows * _causal(width) for width in longest))
+            chosen = sum(pair.chosen for pair in batch)
+            first, second = (
+                Work(rows * width, scored, rows * _causal(width))
+                for width, scored in zip(longest, (chosen, completions - chosen), strict=True)
+            )
+            return replace(first + second, again=first)
         case "trl" | "trl_compact":
             width = max(longest)
             scored = completions if layout == "trl_compact" else 2 * rows * (width - 1)
@@ -122,6 +128,8 @@ def step_flops(
         online_reference: the reference runs in the step.
     """
     flops = 3 * forward_flops(work, shape) + 2.0 * shape.head * work.scored
+    if work.again is not None:
+        flops += forward_flops(work.again, shape)
     if checkpointing:
         flops += forward_flops(Work(work.tokens, 0, work.scores), shape)
     if online_reference:

@@ -1,6 +1,7 @@
 """The pure parts of the benchmark against TRL: counts by hand, gates that fail, who is compared."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def test_work_of_each_layout_by_hand():
     assert work_of(PAIRS, "trl") == Work(tokens=6 * 7, scored=6 * 6, scores=6 * 49)
     assert work_of(PAIRS, "trl_compact") == Work(6 * 7, 15, 6 * 49)
     assert work_of(PAIRS, "concatenated") == Work(6 * 7, 15, 6 * 28)
-    assert work_of(PAIRS[:1], "separate") == Work(5 + 4, 3, 15 + 10)
+    assert work_of(PAIRS[:1], "separate") == Work(5 + 4, 3, 15 + 10, Work(5, 2, 15))
     # [p p p c c] r | c, r r r r on the first prompt | [p p c c c c c] r r
     scores = 15 + 1 * 4 + 1 * 4 + 4 * 7 + 28 + 2 * 4
     assert work_of(PAIRS, "packed") == Work(3 + 3 + 5 + 2 + 7, 15, scores)
@@ -61,6 +62,7 @@ def test_step_arithmetic_by_hand():
     assert step_flops(work, SHAPE) == plain
     assert step_flops(work, SHAPE, checkpointing=True) == plain + backbone
     assert step_flops(work, SHAPE, online_reference=True) == plain + forward
+    assert step_flops(replace(work, again=work), SHAPE) == plain + forward
 
 
 def test_needed_arithmetic_counts_a_shared_prompt_once():
