@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from preftune.losses.base import Loss, PairLogps, PairLoss
+from jaxtyping import Float
+from torch import Tensor
+
+from preftune.losses.base import PairLogps, RewardLoss
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.APO_DOWN].knobs
 
 
 @dataclass(frozen=True)
-class APODown(Loss):
+class APODown(RewardLoss):
     """Anchored preference optimisation, down.
 
     value = σ(βs_w) + 1 − σ(β(s_w − s_l))
@@ -41,23 +44,11 @@ class APODown(Loss):
 
     beta: float = _DEFAULTS["beta"]
 
-    def __call__(self, logps: PairLogps) -> PairLoss:
-        """Value and implicit rewards of each pair; a reward is β × (π − ρ).
-
-        Args:
-            logps: sums of policy and reference.
-
-        Raises:
-            ValueError: if the reference's log-probs are missing.
-        """
-        chosen, rejected = self._logratios(logps)
-        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
-        return PairLoss(
-            # 1 − σ(x) as σ(−x): nothing is lost to rounding where it is small.
-            values=chosen_rewards.sigmoid() + (rejected_rewards - chosen_rewards).sigmoid(),
-            chosen_rewards=chosen_rewards.detach(),
-            rejected_rewards=rejected_rewards.detach(),
-        )
+    def _of_rewards(
+        self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]
+    ) -> Float[Tensor, " pairs"]:
+        # 1 − σ(x) as σ(−x): nothing is lost to rounding where it is small.
+        return chosen.sigmoid() + (rejected - chosen).sigmoid()
 
     def value_at_reference(self, logps: PairLogps) -> float | None:
         """Mean over pairs where policy equals reference: 1, whatever the pairs."""

@@ -157,6 +157,33 @@ class MarginLoss(Loss):
         """The value, given z."""
 
 
+class RewardLoss(Loss):
+    """A loss that sees a pair only through its implicit rewards β·s_w and β·s_l.
+
+    s = π − ρ is the log-ratio of a completion, sums in nats.
+    """
+
+    beta: float
+
+    def __call__(self, logps: PairLogps) -> PairLoss:
+        """Value and implicit rewards of each pair; a reward is β × (π − ρ).
+
+        Args:
+            logps: sums of policy and reference.
+
+        Raises:
+            ValueError: if the reference's log-probs are missing.
+        """
+        chosen, rejected = (self.beta * logratio for logratio in self._logratios(logps))
+        return PairLoss(self._of_rewards(chosen, rejected), chosen.detach(), rejected.detach())
+
+    @abstractmethod
+    def _of_rewards(
+        self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]
+    ) -> Float[Tensor, " pairs"]:
+        """The value, given both rewards."""
+
+
 def smoothed_logistic(
     logits: Float[Tensor, " pairs"], label_smoothing: float
 ) -> Float[Tensor, " pairs"]:

@@ -4,16 +4,18 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from preftune.losses.base import Loss, PairLogps, PairLoss
+from preftune.losses.base import PairLogps, RewardLoss
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.BCO_PAIR].knobs
 
 
 @dataclass(frozen=True)
-class BCOPair(Loss):
+class BCOPair(RewardLoss):
     """Binary classifier optimisation, both completions of a pair.
 
     value = −logσ(βs_w) − logσ(−βs_l)
@@ -44,22 +46,10 @@ class BCOPair(Loss):
 
     beta: float = _DEFAULTS["beta"]
 
-    def __call__(self, logps: PairLogps) -> PairLoss:
-        """Value and implicit rewards of each pair; a reward is β × (π − ρ).
-
-        Args:
-            logps: sums of policy and reference.
-
-        Raises:
-            ValueError: if the reference's log-probs are missing.
-        """
-        chosen, rejected = self._logratios(logps)
-        chosen_rewards, rejected_rewards = self.beta * chosen, self.beta * rejected
-        return PairLoss(
-            values=-logsigmoid(chosen_rewards) - logsigmoid(-rejected_rewards),
-            chosen_rewards=chosen_rewards.detach(),
-            rejected_rewards=rejected_rewards.detach(),
-        )
+    def _of_rewards(
+        self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]
+    ) -> Float[Tensor, " pairs"]:
+        return -logsigmoid(chosen) - logsigmoid(-rejected)
 
     def value_at_reference(self, logps: PairLogps) -> float | None:
         """Mean over pairs where policy equals reference: 2·ln 2, whatever the pairs."""
