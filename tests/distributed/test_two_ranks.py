@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from preftune import train
-from tests.tiny import make_pairs, write_jsonl
 from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.tiny import make_pairs, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
