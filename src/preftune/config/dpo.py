@@ -58,6 +58,15 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
         found.append(Problem("loss_weights", weights, message, ("loss_type",)))
     elif weights is not None and min(weights, default=1.0) <= 0:
         found.append(Problem("loss_weights", weights, "each must be above 0"))
+    unpaired = [loss.value for loss in losses if loss in LOSS_SPECS and LOSS_SPECS[loss].unpaired]
+    if unpaired and len(losses) > 1:
+        shown = [loss.value for loss in losses]
+        message = f"{unpaired[0]} trains on single completions and adds up with no other loss"
+        found.append(Problem("loss_type", shown, message))
+    elif unpaired and (weights is not None or config.sft_weight > 0):
+        key, value = ("loss_weights", weights) if weights else ("sft_weight", config.sft_weight)
+        message = f"the loss {unpaired[0]} trains on single completions and does not read it"
+        found.append(Problem(key, value, message, ("loss_type",)))
     if config.sft_weight < 0:
         found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
     return found
@@ -116,6 +125,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         if self.forward_layout != "auto" or self.concatenated_forward is None:
             return self.forward_layout
         return "concatenated" if self.concatenated_forward else "separate"
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss trains on single labelled completions."""
+        return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
 
     @property
     def needs_reference(self) -> bool:

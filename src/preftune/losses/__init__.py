@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from preftune.losses.base import Loss, PairLogps, PairLoss
     from preftune.losses.combined import Combined, combine
     from preftune.losses.make import make_loss
+    from preftune.losses.unpaired import CompletionLogps, CompletionLoss, UnpairedLoss
 
 __all__ = [
     "KNOBS",
     "LOSS_SPECS",
     "Combined",
+    "CompletionLogps",
+    "CompletionLoss",
     "DPOLossType",
     "Loss",
     "PairLogps",
     "PairLoss",
+    "UnpairedLoss",
     "combine",
     "make_loss",
 ]
@@ -41,6 +45,9 @@ _HOMES = {spec.class_name: loss.value for loss, spec in LOSS_SPECS.items()} | {
     "Loss": "base",
     "PairLogps": "base",
     "PairLoss": "base",
+    "CompletionLogps": "unpaired",
+    "CompletionLoss": "unpaired",
+    "UnpairedLoss": "unpaired",
     "Combined": "combined",
     "combine": "combined",
     "make_loss": "make",

@@ -14,6 +14,26 @@ from preftune.losses.knobs import FDivergence
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 
+def check_shapes(logps: object, first: str, thing: str) -> None:
+    """Refuse shapes that would broadcast, at the cost of a few comparisons on the host.
+
+    Args:
+        logps: a dataclass of tensors with one entry a thing, and `running`.
+        first: the name of one of them.
+        thing: what it has an entry for.
+
+    Raises:
+        ValueError: if a tensor's shape is another than that of the first.
+    """
+    shape = getattr(logps, first).shape
+    for name, value in vars(logps).items():
+        if name != "running" and value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} where {first} has {tuple(shape)}; "
+                f"give one entry a {thing}"
+            )
+
+
 @dataclass(frozen=True)
 class PairLogps:
     """Log-probs of a batch of pairs under the policy and, where needed, the reference.
@@ -44,17 +64,12 @@ class PairLogps:
     """By how much chosen is said to beat rejected, in units of reward."""
     weight: Float[Tensor, " pairs"] | None = None
     """How much the pair counts; None is 1. Losses leave it to their caller."""
-    running: Float[Tensor, ""] | None = None
+    running: Float[Tensor, " kept"] | None = None
     """What `Loss.next_running` gave for the global batch before; None for the first."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that would broadcast, at the cost of a few comparisons on the host."""
-        for name, value in vars(self).items():
-            if name != "running" and value is not None and value.shape != self.chosen.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)} where chosen has "
-                    f"{tuple(self.chosen.shape)}; give one entry a pair"
-                )
+        """Refuse shapes that would broadcast."""
+        check_shapes(self, "chosen", "pair")
 
 
 @dataclass(frozen=True)
@@ -69,11 +84,8 @@ class PairLoss:
     """The same of the rejected completion."""
 
 
-class Loss(ABC):
-    """A loss on pairs; each is a frozen dataclass on top of this, with its knobs as fields.
-
-    No `__call__` of a loss waits for the device: it reads no tensor's value on the host.
-    """
+class AnyLoss(ABC):
+    """What losses on pairs and on single completions share."""
 
     loss_type: ClassVar[DPOLossType]
 
@@ -88,6 +100,23 @@ class Loss(ABC):
         found = [problem for problem in problems if problem]
         if found:
             raise ValueError(f"{self.loss_type}: " + "; ".join(found))
+
+    @property
+    def reads_alignment(self) -> bool:
+        """Whether, with these knobs, the loss reads `PairLogps.*_alignment`."""
+        return LOSS_SPECS[self.loss_type].reads_alignment
+
+    @property
+    def needs_global_batch(self) -> bool:
+        """Whether a pair's value depends on the others: give the global batch in one call."""
+        return LOSS_SPECS[self.loss_type].needs_global_batch
+
+
+class Loss(AnyLoss):
+    """A loss on pairs; each is a frozen dataclass on top of this, with its knobs as fields.
+
+    No `__call__` of a loss waits for the device: it reads no tensor's value on the host.
+    """
 
     @abstractmethod
     def __call__(self, logps: PairLogps) -> PairLoss:
@@ -108,17 +137,7 @@ class Loss(ABC):
             logps: the pairs. Where they matter this waits for the device: for the start of a run.
         """
 
-    @property
-    def reads_alignment(self) -> bool:
-        """Whether, with these knobs, the loss reads `PairLogps.*_alignment`."""
-        return LOSS_SPECS[self.loss_type].reads_alignment
-
-    @property
-    def needs_global_batch(self) -> bool:
-        """Whether a pair's value depends on the others: give the global batch in one call."""
-        return LOSS_SPECS[self.loss_type].needs_global_batch
-
-    def next_running(self, logps: PairLogps) -> Float[Tensor, ""] | None:
+    def next_running(self, logps: PairLogps) -> Float[Tensor, " kept"] | None:
         """What the next global batch gets as `PairLogps.running`, detached; None if nothing.
 
         A run keeps it beside the optimizer's state and saves it in checkpoints.

@@ -55,8 +55,8 @@ class BetaDPO(Loss):
     beta_dpo_alpha: float = _DEFAULTS["beta_dpo_alpha"]
     beta_dpo_momentum: float = _DEFAULTS["beta_dpo_momentum"]
 
-    def next_running(self, logps: PairLogps) -> Float[Tensor, ""]:
-        """M of this batch, detached.
+    def next_running(self, logps: PairLogps) -> Float[Tensor, " kept"]:
+        """M of this batch, the one entry, detached.
 
         Args:
             logps: of the whole global batch, with M of the batch before.
@@ -65,7 +65,7 @@ class BetaDPO(Loss):
             ValueError: if the reference's log-probs are missing.
         """
         chosen, rejected = self._logratios(logps)
-        now = (chosen - rejected).detach().mean()
+        now = (chosen - rejected).detach().mean()[None]
         before = torch.zeros_like(now) if logps.running is None else logps.running
         return self.beta_dpo_momentum * before + (1 - self.beta_dpo_momentum) * now
 
@@ -80,7 +80,7 @@ class BetaDPO(Loss):
         """
         chosen, rejected = self._logratios(logps)
         margins = chosen - rejected
-        lead = margins.detach().mean() - self.next_running(logps)
+        lead = margins.detach().mean() - self.next_running(logps)[0]
         beta = (self.beta * (1 + self.beta_dpo_alpha * lead)).clamp(min=_SMALLEST_BETA)
         return PairLoss(
             values=-logsigmoid(beta * margins),

@@ -61,7 +61,7 @@ class Combined(Loss):
         """Whether one of the losses does."""
         return any(loss.needs_global_batch for loss in self.losses)
 
-    def next_running(self, logps: PairLogps) -> Float[Tensor, ""] | None:
+    def next_running(self, logps: PairLogps) -> Float[Tensor, " kept"] | None:
         """That of the one loss that keeps something (beta_dpo; no loss is there twice).
 
         Args:

@@ -97,6 +97,15 @@ class LossKnobs:
     beta_dpo_momentum: Annotated[float | None, Range(low=0.0, high=1.0, high_open=True)] = None
     """Share of the running mean margin that a batch leaves, 0 to below 1."""
 
+    desirable_weight: Annotated[float | None, Range(low=0.0, low_open=True)] = None
+    """How much a desirable completion counts in kto, above 0."""
+
+    undesirable_weight: Annotated[float | None, Range(low=0.0, low_open=True)] = None
+    """How much an undesirable completion counts in kto, above 0."""
+
+    bco_momentum: Annotated[float | None, Range(low=0.0, high=1.0, high_open=True)] = None
+    """Share of the running mean rewards that a batch leaves, 0 to below 1."""
+
 
 @dataclass(frozen=True)
 class Knob:

@@ -7,9 +7,10 @@ from typing import Any
 from preftune.losses.base import Loss
 from preftune.losses.knobs import KNOBS
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
+from preftune.losses.unpaired import UnpairedLoss
 
 
-def make_loss(loss_type: DPOLossType, **knobs: Any) -> Loss:
+def make_loss(loss_type: DPOLossType, **knobs: Any) -> Loss | UnpairedLoss:
     """Make a loss; a knob not given takes that loss's default.
 
     Args:

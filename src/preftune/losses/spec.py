@@ -13,7 +13,7 @@ from preftune.losses.knobs import KNOBS, Knob, Range
 
 
 class DPOLossType(StrEnum):
-    """The losses on pairs, by the name that `loss_type` takes; each is in the file of its name."""
+    """The losses, by the name that `loss_type` takes; each is in the file of its name."""
 
     DPO = "dpo"
     DPO_NORM = "dpo_norm"
@@ -36,6 +36,8 @@ class DPOLossType(StrEnum):
     AOT = "aot"
     AOT_UNPAIRED = "aot_unpaired"
     BETA_DPO = "beta_dpo"
+    KTO = "kto"
+    BCO = "bco"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class LossSpec:
     """Whether it reads `PairLogps.margin`, the margin column of the data."""
     needs_global_batch: bool = False
     """Whether a pair's value depends on the others: it must see the global batch in one call."""
+    unpaired: bool = False
+    """Whether it trains on single labelled completions."""
+    reads_mismatched: bool = False
+    """Whether it reads the log-prob of another row's completion after each prompt."""
     narrower: Mapping[str, Knob] = field(default_factory=dict)
     """Knobs whose range is narrower here than elsewhere."""
 
@@ -211,5 +217,20 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
         "DPO with a beta that follows the batch's mean margin",
         {"beta": 0.1, "beta_dpo_alpha": 0.6, "beta_dpo_momentum": 0.9},
         needs_global_batch=True,
+    ),
+    DPOLossType.KTO: LossSpec(
+        "KTO",
+        "single labelled completions: gains and losses against a KL estimate, both saturating",
+        {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        needs_global_batch=True,
+        unpaired=True,
+        reads_mismatched=True,
+    ),
+    DPOLossType.BCO: LossSpec(
+        "BCO",
+        "single labelled completions: a binary classifier with a running threshold",
+        {"beta": 0.1, "bco_momentum": 0.9},
+        needs_global_batch=True,
+        unpaired=True,
     ),
 }

@@ -29,8 +29,8 @@ class TrainState:
     window: MetricSums
     """Metrics since the last logging step."""
     running: Tensor | None = None
-    """Device scalar, fp64: what the loss keeps from one global batch to the next; None for losses
-    that keep nothing, and before the first step."""
+    """On the device, fp64: the few numbers that the loss keeps from one global batch to the next;
+    None for losses that keep nothing, and before the first step."""
 
     @classmethod
     def at_start(cls, model: nn.Module, optimizer: Any, device: torch.device) -> "TrainState":

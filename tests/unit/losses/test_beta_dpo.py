@@ -36,7 +36,7 @@ def test_value_and_gradient(pair, beta, alpha, momentum, check_formula):
 )
 def test_two_batches_by_hand(before, mean, beta, pairs, make_batch):
     logps = make_batch([pairs["preferred"], pairs["not_preferred"]], grad=True)
-    kept = None if before is None else torch.tensor(before).double()
+    kept = None if before is None else torch.tensor([before]).double()
     logps, loss = dataclasses.replace(logps, running=kept), BetaDPO()
     running = loss.next_running(logps)
     assert running.item() == pytest.approx(mean)
