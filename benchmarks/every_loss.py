@@ -85,8 +85,8 @@ def train(loss: str, rate: float, beta: float, model: Path, options: argparse.Na
         "max_train_steps": options.steps,
         "per_device_train_batch_size": 8,
         "max_length": 512,
-        "eval_steps": options.steps // 4,
-        "logging_steps": 5,
+        "eval_steps": options.steps,
+        "logging_steps": 10,
         "checkpointing_steps": "null",
         "progress": "none",
     }

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from common import make_examples, make_model
 
+from preftune.batching.batcher import MicroBatch
 from preftune.batching.layout import build_layout
 from preftune.losses import DPO
 from preftune.model.attention import SEGMENTS
-from preftune.objective import MicroBatch, PreferenceObjective
+from preftune.objective import PairObjective
 
 LAYOUTS = ("shared_prefix", "concatenated", "separate")
 
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace, prompt: int) -> list[float]:
     examples = make_examples(options.pairs, prompt, options.chosen, options.rejected)
     layout = build_layout(examples, options.measure)
     batch = MicroBatch(layout, len(examples), torch.zeros(len(examples), 2).double())
-    objective = PreferenceObjective(DPO(beta=0.1))
+    objective = PairObjective(DPO(beta=0.1))
     before = resident_mib("VmRSS")
     results: list[float] = []
     for with_gradient in (False, True):

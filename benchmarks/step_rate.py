@@ -18,11 +18,12 @@ from contextlib import nullcontext
 import torch
 from common import make_examples, make_model
 
+from preftune.batching.batcher import MicroBatch
 from preftune.batching.layout import build_layout
 from preftune.losses import DPO
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import PolicyModel
-from preftune.objective import MicroBatch, PreferenceObjective
+from preftune.objective import PairObjective
 
 LAYOUTS = ("shared_prefix", "concatenated", "separate")
 
@@ -34,7 +35,7 @@ def main() -> None:
     model = make_model(options.layers)
     lengths = (options.prompt, options.chosen, options.rejected)
     examples = make_examples(options.pairs, *lengths, spread=options.spread)
-    objective = PreferenceObjective(DPO(beta=0.1))
+    objective = PairObjective(DPO(beta=0.1))
     autocast = (
         torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext()
     )

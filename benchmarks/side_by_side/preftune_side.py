@@ -11,11 +11,12 @@ from unittest.mock import patch
 import torch
 
 from preftune import ExperimentConfig
+from preftune.batching.batcher import MicroBatch
 from preftune.config.model import ModelConfig
 from preftune.losses import PairLogps
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
-from preftune.objective import MicroBatch, PreferenceObjective
+from preftune.objective import PairObjective
 from preftune.recipes import dpo, run
 from preftune.tracking.progress import ProgressDisplay
 
@@ -87,7 +88,7 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
     score = run.reference_logps
     sums: dict[str, list[list[float]]] = {}
 
-    class Recording(PreferenceObjective):
+    class Recording(PairObjective):
         def logps(self, model: Any, micro_batch: MicroBatch) -> PairLogps:
             logps = super().logps(model, micro_batch)
             named = {
@@ -106,7 +107,7 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
             (run, "reference_logps", lambda _, *args, **kw: score(reference, *args, **kw)),
             (dpo, "check_step_zero", lambda *args, **kwargs: None),
             (run, "try_heaviest", lambda *args, **kwargs: None),  # no step: not to be recorded
-            (dpo, "PreferenceObjective", Recording),
+            (dpo, "PairObjective", Recording),
         ):
             patches.enter_context(patch.object(place, name, value))
         dpo.train(config)

@@ -19,9 +19,9 @@ class MetricSums:
     def __init__(self) -> None:
         """Start an empty window."""
         self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
-    def add(self, name: str, total: Tensor | float, count: float) -> None:
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum over `count` things to the metric `name`."""
         total = torch.as_tensor(total, dtype=torch.float64).detach()
         if name in self._totals:
@@ -32,12 +32,15 @@ class MetricSums:
     def means(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each metric over all ranks; waits for the device once.
 
+        A metric of nothing in this window is left out.
+
         Args:
             all_reduce: sums a tensor over ranks. All metrics travel as one tensor.
         """
         return {
-            name: total / count if count else float("nan")
+            name: total / count
             for name, (total, count) in self.snapshot(all_reduce).items()
+            if count
         }
 
     def clear(self) -> None:
@@ -52,8 +55,8 @@ class MetricSums:
         totals = [total.flatten() for total in self._totals.values()]
         device = max((total.device for total in totals), key=lambda device: device.type != "cpu")
         totals = torch.cat([total.to(device) for total in totals])
-        counts = torch.tensor(list(self._counts.values()), dtype=torch.float64).to(device)
-        packed = all_reduce(torch.stack((totals, counts), dim=1))
+        counts = [torch.as_tensor(count).to(totals) for count in self._counts.values()]
+        packed = all_reduce(torch.stack((totals, torch.stack(counts)), dim=1))
         return dict(zip(self._totals, packed.tolist(), strict=True))
 
     def restore(self, state: MetricState, device: torch.device, *, is_main: bool = True) -> None:

@@ -1,43 +1,54 @@
-"""What a micro-batch contributes: a sum over its pairs and their count, never a mean.
+"""What a micro-batch contributes: a sum over its rows and their count, never a mean.
 
 The step divides by the count of the whole global batch, once. A mean taken here would weigh the
-pairs of a short micro-batch more than others.
+rows of a short micro-batch more than others.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from preftune.batching.layout import Layout, PairLayout, build_layout
-from preftune.losses import Loss, PairLogps, PairLoss
+from preftune.batching.batcher import MicroBatch
+from preftune.losses import (
+    CompletionLogps,
+    CompletionLoss,
+    Loss,
+    PairLogps,
+    PairLoss,
+    UnpairedLoss,
+)
 from preftune.model.forward import SequenceLogps, pair_logps
-from preftune.schema import TokenizedExample
+
+L = TypeVar("L", PairLogps, CompletionLogps)
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Some rows of a dataset, laid out for one forward."""
+class RowMetric:
+    """A metric of each row."""
 
-    layout: PairLayout
-    num_pairs: int
-    """Pairs that count: 0 for the dummy of a rank without work."""
-    reference: Tensor | None
-    """The reference's log-prob sums, fp64, (pairs, 2); None for reference-free losses."""
+    values: Tensor
+    """(rows,) Detached."""
+    of: Tensor | None = None
+    """(rows,) Which rows it is a metric of; None: all."""
 
+    def at(self, slots: Tensor) -> "RowMetric":
+        """Of some of the rows."""
+        return RowMetric(self.values[slots], None if self.of is None else self.of[slots])
 
-@dataclass(frozen=True)
-class LaidOut:
-    """A micro-batch that is still on the host."""
+    @property
+    def total(self) -> Tensor:
+        """Sum over its rows."""
+        # Not a product: what is not of a row may be infinite there.
+        return (self.values if self.of is None else self.values.where(self.of, 0.0)).sum()
 
-    layout: PairLayout
-    rows: Tensor
-    num_pairs: int
-
-    def pinned(self) -> "LaidOut":
-        """The same in memory from which a copy to the device need not be waited for."""
-        return LaidOut(self.layout.pinned(), self.rows.pin_memory(), self.num_pairs)
+    @property
+    def count(self) -> Tensor | int:
+        """Number of its rows."""
+        return len(self.values) if self.of is None else self.of.sum()
 
 
 @dataclass(frozen=True)
@@ -47,132 +58,192 @@ class ObjectiveOutput:
     loss_sum: Tensor
     """What is differentiated. Of a loss that sees the global batch it is the sum over all of it, of
     which only this micro-batch's log-probs have a gradient."""
-    per_pair: dict[str, Tensor]
-    """Metric name -> one number for each pair of the micro-batch, detached."""
+    metrics: dict[str, RowMetric]
+    """By name, over the rows of the micro-batch."""
     running: Tensor | None
     """What the loss keeps for the next global batch (`Loss.next_running`)."""
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
+class GlobalBatch(Generic[L]):
     """The log-probs of a whole batch, all ranks', and where a micro-batch stands in it."""
 
-    logps: PairLogps
+    logps: L
     """Without gradient."""
     slots: Tensor
     """Which rows of `logps` are this micro-batch's."""
 
-    def with_rows(self, logps: PairLogps) -> PairLogps:
+    def with_rows(self, logps: L) -> L:
         """The log-probs of the batch, in which the micro-batch's rows are `logps`."""
-        own = rows_of(logps)
-        whole = {
-            name: values.index_put((self.slots,), own[name])
-            for name, values in rows_of(self.logps).items()
+        whole = rows_of(self.logps)
+        own = {
+            name: whole[name].index_put((self.slots,), values)
+            for name, values in rows_of(logps).items()
         }
-        return replace(self.logps, **whole)
+        return replace(self.logps, **own)
 
 
-@dataclass(frozen=True)
-class PairBatcher:
-    """Makes micro-batches from row indices of one dataset."""
+class Objective(ABC, Generic[L]):
+    """A loss on the log-probs of a model."""
 
-    examples: Sequence[TokenizedExample]
-    reference: Tensor | None
-    layout: Layout
-    device: torch.device
-    """Where micro-batches go; `reference` is there."""
-
-    def __call__(self, rows: Sequence[int]) -> MicroBatch:
-        """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
-        return self.place(self.lay_out(rows))
-
-    def lay_out(self, rows: Sequence[int]) -> LaidOut:
-        """The part that works on the host alone, and may run ahead on another thread.
-
-        A dummy runs a real forward, because every rank must take part in the collectives.
-        """
-        used = list(rows) or [0]
-        layout = build_layout([self.examples[i] for i in used], self.layout)
-        laid_out = LaidOut(layout, torch.tensor(used), len(rows))
-        return laid_out.pinned() if self.device.type == "cuda" else laid_out
-
-    def place(self, laid_out: LaidOut) -> MicroBatch:
-        """Bring a laid out micro-batch to the device, without waiting for it."""
-        reference = None
-        if self.reference is not None:
-            reference = self.reference[laid_out.rows.to(self.device, non_blocking=True)]
-        layout = laid_out.layout.to(self.device)
-        return MicroBatch(layout, laid_out.num_pairs, reference)
-
-
-class PreferenceObjective:
-    """A pair loss on the log-probs of a model."""
-
-    def __init__(self, loss: Loss) -> None:
-        """Use `loss` for every micro-batch."""
-        self.loss = loss
+    loss: Any
+    """On the kind of rows that the subclass is for."""
 
     def __call__(
         self,
         model: nn.Module,
         micro_batch: MicroBatch,
         *,
-        batch: GlobalBatch | None = None,
+        batch: GlobalBatch[L] | None = None,
         running: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Loss and metrics of a micro-batch.
 
         Args:
             model: gives the log-probs.
-            micro_batch: which pairs.
+            micro_batch: which rows.
             batch: what a loss that sees the global batch compares them with; None if they are all.
             running: what the loss kept of the global batch before.
         """
+        if batch is not None and micro_batch.trained is not None:
+            # The other answers are in `batch`, and no gradient goes through them.
+            micro_batch = replace(micro_batch, layout=micro_batch.trained)
         return self.output(self.rows(model, micro_batch), batch=batch, running=running)
 
     def output(
-        self,
-        logps: PairLogps,
-        *,
-        batch: GlobalBatch | None = None,
-        running: Tensor | None = None,
+        self, logps: L, *, batch: GlobalBatch[L] | None = None, running: Tensor | None = None
     ) -> ObjectiveOutput:
         """The same from log-probs that are there.
 
         Args:
-            logps: of the pairs that count.
+            logps: of the rows that count.
             batch: as in `__call__`.
             running: as in `__call__`.
         """
         seen = logps if batch is None else batch.with_rows(logps)
         seen = replace(seen, running=running)
-        result = self.loss(seen)
-        values = result.values if seen.weight is None else result.values * seen.weight
-        per_pair = {"loss": values.detach()} | _metrics(seen, result)
+        values, metrics = self._evaluate(seen)
+        if seen.weight is not None:
+            values = values * seen.weight
+        metrics = {"loss": RowMetric(values.detach())} | metrics
         if batch is not None:
-            per_pair = {name: of_all[batch.slots] for name, of_all in per_pair.items()}
-        return ObjectiveOutput(values.sum(), per_pair, self.loss.next_running(seen))
+            metrics = {name: metric.at(batch.slots) for name, metric in metrics.items()}
+        return ObjectiveOutput(values.sum(), metrics, self._next_running(seen))
 
-    def rows(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
-        """The log-probs of the pairs that count.
+    def rows(self, model: nn.Module, micro_batch: MicroBatch) -> L:
+        """The log-probs of the rows that count.
 
         Of a dummy there are none, but its graph is there, in which every rank must take part.
         """
         logps = self.logps(model, micro_batch)
-        if micro_batch.num_pairs:
+        if micro_batch.num_rows:
             return logps
         return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
+
+    @abstractmethod
+    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
+        """The log-probs that the loss reads, a dummy's too."""
+
+    @abstractmethod
+    def sides(self, logps: L) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Policy, reference and lengths by kind of answer; empty without a reference."""
+
+    @abstractmethod
+    def value_at_reference(self, logps: L) -> float | None:
+        """As the loss's."""
+
+    @abstractmethod
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Means of metrics, and what follows from them."""
+
+    @abstractmethod
+    def _evaluate(self, logps: L) -> tuple[Tensor, dict[str, RowMetric]]:
+        """The value of each row, with gradient, and metrics."""
+
+    @abstractmethod
+    def _next_running(self, logps: L) -> Tensor | None: ...
+
+
+class PairObjective(Objective[PairLogps]):
+    """A loss on pairs."""
+
+    def __init__(self, loss: Loss) -> None:
+        """Use `loss` for every micro-batch."""
+        self.loss: Loss = loss
 
     def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
         """The log-probs that the loss reads, a dummy's too."""
         sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
-        return as_pairs(sequences, micro_batch.reference)
+        return as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+
+    def sides(self, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Policy, reference and lengths by kind of answer; empty without a reference."""
+        if logps.ref_chosen is None or logps.ref_rejected is None:
+            return {}
+        return {
+            "chosen": (logps.chosen, logps.ref_chosen, logps.chosen_lengths),
+            "rejected": (logps.rejected, logps.ref_rejected, logps.rejected_lengths),
+        }
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The means as they are."""
+        return means
+
+    def _evaluate(self, logps: PairLogps) -> tuple[Tensor, dict[str, RowMetric]]:
+        result = self.loss(logps)
+        return result.values, {n: RowMetric(v) for n, v in _pair_metrics(logps, result).items()}
+
+    def value_at_reference(self, logps: PairLogps) -> float | None:
+        """As the loss's."""
+        return self.loss.value_at_reference(logps)
+
+    def _next_running(self, logps: PairLogps) -> Tensor | None:
+        return self.loss.next_running(logps)
 
 
-def _metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:
-    """Metric name -> one number a pair, detached."""
+class CompletionObjective(Objective[CompletionLogps]):
+    """A loss on single labelled completions."""
+
+    def __init__(self, loss: UnpairedLoss) -> None:
+        """Use `loss` for every micro-batch."""
+        self.loss: UnpairedLoss = loss
+
+    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> CompletionLogps:
+        """The log-probs that the loss reads, a dummy's too."""
+        sequences = pair_logps(model, micro_batch.layout)
+        return as_completions(sequences, micro_batch.reference, micro_batch.columns)
+
+    def sides(self, logps: CompletionLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Policy, reference and lengths by kind of answer."""
+        assert logps.reference is not None  # every loss on single completions reads it
+        return {"labelled": (logps.policy, logps.reference, logps.lengths)}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The means, and the margin between those of desirable and of undesirable completions."""
+        if "rewards/chosen" in means and "rewards/rejected" in means:
+            means = means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+        return means
+
+    def _evaluate(self, logps: CompletionLogps) -> tuple[Tensor, dict[str, RowMetric]]:
+        result = self.loss(logps)
+        return result.values, _completion_metrics(logps, result)
+
+    def value_at_reference(self, logps: CompletionLogps) -> float | None:
+        """As the loss's."""
+        return self.loss.value_at_reference(logps)
+
+    def _next_running(self, logps: CompletionLogps) -> Tensor | None:
+        return self.loss.next_running(logps)
+
+
+def objective_of(loss: Loss | UnpairedLoss) -> PairObjective | CompletionObjective:
+    """What trains with a loss."""
+    return PairObjective(loss) if isinstance(loss, Loss) else CompletionObjective(loss)
+
+
+def _pair_metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:
     chosen, rejected = logps.chosen.detach(), logps.rejected.detach()
-    per_pair = {
+    metrics = {
         "rewards/chosen": result.chosen_rewards,
         "rewards/rejected": result.rejected_rewards,
         "rewards/margins": result.chosen_rewards - result.rejected_rewards,
@@ -181,15 +252,33 @@ def _metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:
         "logps/rejected": rejected,
     }
     if logps.ref_chosen is not None and logps.ref_rejected is not None:
-        per_pair |= {
+        metrics |= {
             "logratios/chosen": chosen - logps.ref_chosen,
             "logratios/rejected": rejected - logps.ref_rejected,
             "logratios/displaced": (chosen < logps.ref_chosen).double(),
         }
-    return per_pair
+    return metrics
 
 
-def as_pairs(sequences: SequenceLogps, reference: Tensor | None) -> PairLogps:
+def _completion_metrics(logps: CompletionLogps, result: CompletionLoss) -> dict[str, RowMetric]:
+    assert logps.reference is not None
+    policy, rewards = logps.policy.detach(), result.rewards
+    chosen, rejected = logps.is_desirable, ~logps.is_desirable
+    logratios = policy - logps.reference
+    return {
+        "rewards/chosen": RowMetric(rewards, chosen),
+        "rewards/rejected": RowMetric(rewards, rejected),
+        "rewards/accuracies": RowMetric(((rewards > result.baseline) == chosen).double()),
+        "rewards/baseline": RowMetric(result.baseline.expand_as(rewards)),
+        "logps/chosen": RowMetric(policy, chosen),
+        "logps/rejected": RowMetric(policy, rejected),
+        "logratios/chosen": RowMetric(logratios, chosen),
+        "logratios/rejected": RowMetric(logratios, rejected),
+        "logratios/displaced": RowMetric((logratios < 0).double(), chosen),
+    }
+
+
+def as_pairs(sequences: SequenceLogps, reference: Tensor | None, columns: Any = None) -> PairLogps:
     """Split answers, numbered pair by pair, into the chosen and the rejected side."""
     sums, lengths = sequences.sums.view(-1, 2), sequences.lengths.view(-1, 2)
     alignment = None if sequences.alignment is None else sequences.alignment.view(-1, 2)
@@ -202,17 +291,35 @@ def as_pairs(sequences: SequenceLogps, reference: Tensor | None) -> PairLogps:
         ref_rejected=None if reference is None else reference[:, 1],
         chosen_alignment=None if alignment is None else alignment[:, 0],
         rejected_alignment=None if alignment is None else alignment[:, 1],
+        **(columns or {}),
     )
 
 
-def rows_of(logps: PairLogps) -> dict[str, Tensor]:
+def as_completions(
+    sequences: SequenceLogps, reference: Tensor | None, columns: Any
+) -> CompletionLogps:
+    """Take answers, numbered row by row, for the labelled one and, behind it, a mismatched one."""
+    rows = len(columns["is_desirable"])
+    sums, lengths = sequences.sums.view(rows, -1), sequences.lengths.view(rows, -1)
+    logps = CompletionLogps(
+        policy=sums[:, 0],
+        lengths=lengths[:, 0],
+        reference=None if reference is None else reference[:, 0],
+        **columns,
+    )
+    if sums.shape[1] == 1 or reference is None:
+        return logps
+    return replace(logps, mismatched=sums[:, 1], mismatched_reference=reference[:, 1])
+
+
+def rows_of(logps: PairLogps | CompletionLogps) -> dict[str, Tensor]:
     """The tensors that have one entry a row, by name."""
     return {k: v for k, v in vars(logps).items() if v is not None and k != "running"}
 
 
 def gathered(
-    parts: Sequence[PairLogps], slots: Tensor, num_rows: int, all_reduce: Callable[[Tensor], Tensor]
-) -> PairLogps:
+    parts: Sequence[L], slots: Tensor, num_rows: int, all_reduce: Callable[[Tensor], Tensor]
+) -> L:
     """The rows of all ranks, on every rank.
 
     Args:

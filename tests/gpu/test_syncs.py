@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
 from preftune.losses import DPO
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import choose_layout
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import PairObjective
 from preftune.training.step import TrainState, train_step
 from tests.examples import make_examples
 from tests.tiny import tiny_model
@@ -27,13 +28,13 @@ def test_a_step_waits_for_nothing():
     state = TrainState.at_start(model, prepared, runtime.device)
     examples = make_examples(8)
     reference = torch.zeros(8, 2, dtype=torch.float64, device=runtime.device)
-    batcher = PairBatcher(examples, reference, layout, runtime.device)
-    objective = PreferenceObjective(DPO(beta=0.1))
+    batcher = RowBatcher(examples, reference, layout, runtime.device)
+    objective = PairObjective(DPO(beta=0.1))
 
     def step() -> None:
         micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
         options = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
-        train_step(state, micro_batches, objective, runtime, num_pairs=8, **options)
+        train_step(state, micro_batches, objective, runtime, num_rows=8, **options)
 
     step()  # kernels load and buffers are made
     torch.cuda.set_sync_debug_mode("error")

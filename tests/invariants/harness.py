@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, RowSizes
 from preftune.batching.sampler import PairSampler
@@ -13,7 +14,7 @@ from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType, make_loss
 from preftune.model.forward import PolicyModel
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import PairObjective
 from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
 from preftune.training.optimizer import make_optimizer
@@ -45,7 +46,7 @@ def short_training(
     num_pairs: int = 21,
     num_epochs: int = 2,
     perturbation: float = 0.05,
-    make_objective: Callable[..., PreferenceObjective] = PreferenceObjective,
+    make_objective: Callable[..., PairObjective] = PairObjective,
     make_runtime: Callable[..., Runtime] = Runtime,
 ) -> Trace:
     """Train a tiny Llama from a perturbed policy and record every step.
@@ -76,7 +77,7 @@ def short_training(
     )
     model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
     state = TrainState.at_start(model, prepared, runtime.device)
-    batcher = PairBatcher(examples, reference, Layout("concatenated"), runtime.device)
+    batcher = RowBatcher(examples, reference, Layout("concatenated"), runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
     sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
     batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)
@@ -88,7 +89,7 @@ def short_training(
             [batcher(share) for share in shares],
             objective,
             runtime,
-            num_pairs=len(sampler.batch(step)),
+            num_rows=len(sampler.batch(step)),
             learning_rate=learning_rate,
             max_grad_norm=None,
         )

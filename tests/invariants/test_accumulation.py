@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 import pytest
 
 from preftune.distributed.runtime import Runtime
-from preftune.objective import PreferenceObjective
+from preftune.objective import PairObjective
 from tests.invariants.harness import Trace, short_training
 
 CASES = [((8, 1), (2, 4)), ((8, 1), (1, 8)), ((9, 1), (3, 3))]
@@ -75,7 +75,7 @@ def test_losses_of_the_global_batch_see_all_of_it(loss_type, optimizer):
         assert_same(whole, others[2], optimizer)
 
 
-class MicroBatchAlone(PreferenceObjective):
+class MicroBatchAlone(PairObjective):
     """Mutant: a loss of the global batch is shown one micro-batch at a time, as TRL does."""
 
     def __call__(self, model, micro_batch, *, batch=None, running=None):
@@ -91,22 +91,22 @@ def test_a_loss_that_sees_only_its_micro_batch_is_noticed(loss_type):
         assert_same(whole, alone, "adamw")
 
 
-class MeanOfMicroBatches(PreferenceObjective):
+class MeanOfMicroBatches(PairObjective):
     """Mutant: every micro-batch counts the same, however few pairs it holds."""
 
     def __call__(self, model, micro_batch, **seen):
         output = super().__call__(model, micro_batch, **seen)
         # The global batch has 4 micro-batches of 2, the last one of the short batch a single pair.
-        scale = 2 / micro_batch.num_pairs
+        scale = 2 / micro_batch.num_rows
         return replace(output, loss_sum=output.loss_sum * scale)
 
 
-class TokenWeighted(PreferenceObjective):
+class TokenWeighted(PairObjective):
     """Mutant: a micro-batch counts by its tokens."""
 
     def __call__(self, model, micro_batch, **seen):
         output = super().__call__(model, micro_batch, **seen)
-        scale = micro_batch.layout.num_tokens / (200 * micro_batch.num_pairs)
+        scale = micro_batch.layout.num_tokens / (200 * micro_batch.num_rows)
         return replace(output, loss_sum=output.loss_sum * scale)
 
 

@@ -17,11 +17,20 @@ def test_the_mean_is_over_things_not_over_parts(parts):
     for part in parts:
         sums.add("x", torch.tensor(part, dtype=torch.float64).sum(), len(part))
     values = [v for part in parts for v in part]
+    if not values:  # nothing was counted: no mean, and not 0
+        assert sums.means(same) == {}
+        return
     got = sums.means(same)["x"]
-    if values:
-        assert abs(got - sum(values) / len(values)) <= 1e-6 * max(1.0, abs(got))
-    else:
-        assert got != got  # nothing was counted: not a number, and not 0
+    assert abs(got - sum(values) / len(values)) <= 1e-6 * max(1.0, abs(got))
+
+
+def test_counts_may_stay_on_the_device():
+    sums = MetricSums()
+    sums.add("x", torch.tensor(3.0), torch.tensor(2))
+    sums.add("x", torch.tensor(1.0), 2)
+    sums.add("none", torch.tensor(0.0), torch.tensor(0))
+    assert sums.means(same) == {"x": 1.0}
+    assert sums.snapshot(same) == {"x": [4.0, 4.0], "none": [0.0, 0.0]}
 
 
 def test_a_snapshot_restores_the_same_bits():

@@ -1,13 +1,17 @@
 """Loss and implicit rewards on pairs that are not trained on."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
-from preftune.objective import PairBatcher, PreferenceObjective, gathered
+from preftune.losses import PairLogps
+from preftune.metrics import MetricSums
+from preftune.objective import Objective, gathered
 
 Progress = Callable[[int, int], None]
 MATCHED = 0.1
@@ -17,8 +21,8 @@ MATCHED = 0.1
 @torch.no_grad()
 def evaluate_pairs(
     model: nn.Module,
-    objective: PreferenceObjective,
-    batcher: PairBatcher,
+    objective: Objective[Any],
+    batcher: RowBatcher,
     batches: Sequence[Sequence[int]],
     runtime: Runtime,
     *,
@@ -58,10 +62,15 @@ def evaluate_pairs(
     slots = torch.tensor([row for rows in mine for row in rows], device=runtime.device)
     logps = gathered(parts, slots, num_pairs, runtime.all_reduce)
     output = objective.output(logps, running=running)
-    means = {name: float(values.mean()) for name, values in output.per_pair.items()}
+    sums = MetricSums()
+    for name, metric in output.metrics.items():
+        sums.add(name, metric.total, metric.count)
+    means = objective.summary(sums.means(lambda totals: totals))
+    if not isinstance(logps, PairLogps):
+        return means
     return means | length_metrics(
-        output.per_pair["rewards/chosen"],
-        output.per_pair["rewards/rejected"],
+        output.metrics["rewards/chosen"].values,
+        output.metrics["rewards/rejected"].values,
         logps.chosen_lengths,
         logps.rejected_lengths,
     )

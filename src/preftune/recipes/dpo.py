@@ -11,7 +11,7 @@ from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.model.layout_choice import choose_layout, use_layout
 from preftune.model.load import load_model
-from preftune.objective import PreferenceObjective
+from preftune.objective import objective_of
 from preftune.recipes.loss import loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
@@ -96,7 +96,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         "parameters": loaded.num_parameters,
     }
     batcher, held_out = run.batchers(fields)
-    objective = PreferenceObjective(loss_of(config))
+    objective = objective_of(loss_of(config))
     micro_batching = MicroBatching(
         pairs.train.examples.sizes,
         layout.name,

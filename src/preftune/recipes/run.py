@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
@@ -23,7 +24,7 @@ from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import Objective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
 from preftune.reference.build import reference_logps
@@ -93,7 +94,7 @@ class Run:
             "data": _describe_data(pairs),
         }
 
-    def batchers(self, fields: dict[str, Any]) -> tuple[PairBatcher, dict[str, PairBatcher]]:
+    def batchers(self, fields: dict[str, Any]) -> tuple[RowBatcher, dict[str, RowBatcher]]:
         """Training pairs, and held-out ones by label, with their reference values."""
         namespace = namespace_key(fields)
         train = self._batcher(self.pairs.train.examples, fields, "reference")
@@ -111,7 +112,7 @@ class Run:
         examples: Sequence[TokenizedExample],
         fields: dict[str, Any],
         stage: str,
-    ) -> PairBatcher:
+    ) -> RowBatcher:
         config, runtime = self.config, self.runtime
         values = None
         if config.needs_reference:
@@ -140,13 +141,13 @@ class Run:
                 "reused": values.num_reused,
             }
         sums = None if values is None else values.sums
-        return PairBatcher(examples, sums, self.layout, runtime.device)
+        return RowBatcher(examples, sums, self.layout, runtime.device)
 
     def evaluator(
         self,
         state: TrainState,
-        objective: PreferenceObjective,
-        held_out: dict[str, PairBatcher],
+        objective: Objective[Any],
+        held_out: dict[str, RowBatcher],
     ) -> Callable[[], dict[str, dict[str, float]]] | None:
         """What evaluates the held-out pairs, by label; None without them."""
         if not held_out:
@@ -161,7 +162,7 @@ class Run:
             for label in held_out
         }
 
-        def evaluate(label: str, batcher: PairBatcher) -> dict[str, float]:
+        def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
             stage = f"evaluate {label}".rstrip()
             with self.display.stage(stage, len(batcher.examples), "pair") as update:
                 return evaluate_pairs(
@@ -179,8 +180,8 @@ class Run:
     def try_heaviest(
         self,
         state: TrainState,
-        objective: PreferenceObjective,
-        batcher: PairBatcher,
+        objective: Objective[Any],
+        batcher: RowBatcher,
         micro_batching: MicroBatching,
     ) -> None:
         """Run the micro-batch that takes most memory, and say what it took."""

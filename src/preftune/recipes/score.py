@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import sorted_batches
 from preftune.config.model import ModelConfig
@@ -21,7 +22,7 @@ from preftune.files import replacing
 from preftune.model.forward import pair_logps
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import check_model_files, load_model
-from preftune.objective import PairBatcher, as_pairs
+from preftune.objective import as_pairs
 from preftune.recipes.pairs import (
     check_fits_model,
     load_dataset_pairs,
@@ -194,7 +195,7 @@ def score_examples(
         rows: most pairs of a forward; None for any number.
         max_tokens: most token positions of a forward; None for any number.
     """
-    batcher = PairBatcher(examples, None, layout, device)
+    batcher = RowBatcher(examples, None, layout, device)
     chosen = np.full(len(examples), math.nan)
     rejected = np.full(len(examples), math.nan)
     done = 0

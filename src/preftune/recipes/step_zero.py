@@ -1,19 +1,22 @@
 """Before the first step: the policy must still be the reference."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from preftune.batching.batcher import RowBatcher
 from preftune.errors import CacheError
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import Objective
 
 
 @torch.no_grad()
 def check_step_zero(
     model: nn.Module,
-    objective: PreferenceObjective,
-    batcher: PairBatcher,
+    objective: Objective[Any],
+    batcher: RowBatcher,
     rows: list[int],
     *,
     is_exact: bool,
@@ -32,20 +35,17 @@ def check_step_zero(
             tolerance is wide.
 
     Returns:
-        The mean loss over `rows`.
+        The mean loss over `rows`, each counted once.
 
     Raises:
         CacheError: policy and reference disagree.
     """
     model.eval()
     logps = objective.logps(model, batcher(rows))
-    loss = float(objective.loss(logps).values.mean())
-    if logps.ref_chosen is None or logps.ref_rejected is None:
-        return loss
-    for side, policy, reference, lengths in (
-        ("chosen", logps.chosen, logps.ref_chosen, logps.chosen_lengths),
-        ("rejected", logps.rejected, logps.ref_rejected, logps.rejected_lengths),
-    ):
+    # Without weights, which scale the constant that the loss is compared with.
+    output = objective.output(replace(logps, weight=None))
+    loss = float(output.metrics["loss"].values.mean())
+    for side, (policy, reference, lengths) in objective.sides(logps).items():
         tolerance = _tolerance(lengths.double(), reference, is_exact)
         excess = (policy - reference).abs() - tolerance
         worst = int(excess.argmax())
@@ -57,7 +57,7 @@ def check_step_zero(
                 f"{float(tolerance[worst]):.2g}. The store does not belong to this model: delete "
                 "its folder under cache_dir/reference, or give another --cache_dir"
             )
-    expected = objective.loss.value_at_reference(logps)
+    expected = objective.value_at_reference(logps)
     allowed = 1e-4 if is_exact else 0.1
     if expected is not None and not math.isclose(loss, expected, abs_tol=allowed * (1 + expected)):
         raise CacheError(

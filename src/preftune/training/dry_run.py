@@ -4,21 +4,23 @@ A run whose longest pairs come late would otherwise fail after hours.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
 from preftune.errors import ConfigError
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import Objective
 from preftune.training.step import TrainState
 
 
 def try_heaviest(
     state: TrainState,
     rows: Sequence[int],
-    batcher: PairBatcher,
-    objective: PreferenceObjective,
+    batcher: RowBatcher,
+    objective: Objective[Any],
     runtime: Runtime,
     *,
     accumulates: bool,
@@ -71,7 +73,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
     )
 
 
-def _explain(rows: Sequence[int], batcher: PairBatcher, runtime: Runtime, error: Exception) -> str:
+def _explain(rows: Sequence[int], batcher: RowBatcher, runtime: Runtime, error: Exception) -> str:
     rows = list(rows) or [0]  # as the batcher does for a rank without work
     layout = batcher.lay_out(rows).layout
     positions = sum(block.input_ids.numel() for block in layout.blocks)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune.batching.batcher import LaidOut, RowBatcher
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import Interrupted, TrainingDiverged
-from preftune.objective import LaidOut, PairBatcher, PreferenceObjective
+from preftune.objective import Objective
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.tracking.tracker import Tracker
 from preftune.training.ahead import Ahead
@@ -35,8 +36,8 @@ class TrainingLoop:
     config: ExperimentConfig
     runtime: Runtime
     state: TrainState
-    objective: PreferenceObjective
-    batcher: PairBatcher
+    objective: Objective[Any]
+    batcher: RowBatcher
     sampler: PairSampler
     micro_batching: MicroBatching
     schedule: Schedule
@@ -81,18 +82,18 @@ class TrainingLoop:
 
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
         step = self.state.step
-        num_pairs = len(self.sampler.batch(step))
+        num_rows = len(self.sampler.batch(step))
         self._unchecked[step + 1] = self.state.num_tokens
         train_step(
             self.state,
             [self.batcher.place(laid_out) for laid_out in micro_batches],
             self.objective,
             self.runtime,
-            num_pairs=num_pairs,
+            num_rows=num_rows,
             learning_rate=self.schedule(step),
             max_grad_norm=self.config.max_grad_norm,
         )
-        self._window_pairs += num_pairs
+        self._window_pairs += num_rows
         self._window_steps += 1
 
     def _after_step(self, update: Update, request: StopRequest) -> None:
@@ -122,6 +123,7 @@ class TrainingLoop:
 
     def _logged_metrics(self) -> dict[str, float]:
         means = self.state.window.means(self.runtime.all_reduce)  # host sync
+        means = self.objective.summary(means)
         self.state.window.clear()
         num_tokens = int(self.state.num_tokens)
         seconds = time.perf_counter() - self._window_began
@@ -145,7 +147,8 @@ class TrainingLoop:
         self._window_began += time.perf_counter() - began
         record = {}
         for label, metrics in evaluated.items():
-            text = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items())
+            shown = [(name, metrics[key]) for key, name in SHOWN.items() if key in metrics]
+            text = "  ".join(f"{name} {value:.4g}" for name, value in shown)
             of = f" of {label}" if label else ""
             self.display.say(f"evaluation{of} after step {self.state.step}: {text}")
             prefix = f"eval/{label}/" if label else "eval/"

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preftune.batching.batcher import MicroBatch
 from preftune.distributed.runtime import Runtime
 from preftune.metrics import MetricSums
-from preftune.objective import GlobalBatch, MicroBatch, PreferenceObjective, gathered
+from preftune.objective import GlobalBatch, Objective, gathered
 
 
 @dataclass
@@ -43,10 +44,10 @@ class TrainState:
 def train_step(
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
-    objective: PreferenceObjective,
+    objective: Objective[Any],
     runtime: Runtime,
     *,
-    num_pairs: int,
+    num_rows: int,
     learning_rate: float,
     max_grad_norm: float | None,
 ) -> None:
@@ -60,12 +61,12 @@ def train_step(
         micro_batches: this rank's share; every rank brings equally many.
         objective: gives sums and counts.
         runtime: the ranks.
-        num_pairs: of the global batch, all ranks' together.
+        num_rows: rows of the global batch, all ranks' together.
         learning_rate: of this step.
         max_grad_norm: clip the global L2 norm to this; None or 0 is off.
     """
     state.model.train()
-    batches = _global_batches(state.model, micro_batches, objective, runtime, num_pairs)
+    batches = _global_batches(state.model, micro_batches, objective, runtime, num_rows)
 
     # ---------------------------------------------------------------- forward and backward
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
@@ -74,14 +75,14 @@ def train_step(
         with runtime.accumulate(state.model, is_last=number == len(micro_batches)):
             output = objective(state.model, micro_batch, batch=batch, running=state.running)
             # Engines average gradients over ranks: world_size turns the average into the sum.
-            runtime.backward(output.loss_sum * (runtime.world_size / num_pairs))
-        loss_sum += output.per_pair["loss"].sum()
+            runtime.backward(output.loss_sum * (runtime.world_size / num_rows))
+        loss_sum += output.metrics["loss"].total
         running = output.running
-        for name, values in output.per_pair.items():
-            state.window.add(name, values.sum(), len(values))
+        for name, metric in output.metrics.items():
+            state.window.add(name, metric.total, metric.count)
 
     # ---------------------------------------------------------------- update
-    num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_pairs)
+    num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_rows)
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_tokens)])
     global_loss, global_tokens = runtime.all_reduce(totals)
     grad_norm = runtime.clip_gradients(state.model, max_grad_norm)
@@ -105,21 +106,21 @@ def train_step(
 def _global_batches(
     model: nn.Module,
     micro_batches: Sequence[MicroBatch],
-    objective: PreferenceObjective,
+    objective: Objective[Any],
     runtime: Runtime,
-    num_pairs: int,
-) -> list[GlobalBatch | None]:
-    """For each micro-batch the log-probs of all, for a loss that compares pairs with each other.
+    num_rows: int,
+) -> list[GlobalBatch[Any] | None]:
+    """For each micro-batch the log-probs of all, for a loss that compares rows with each other.
 
     A pass without gradient comes first; the gradient of such a loss then is right one micro-batch
     at a time. Each None where a micro-batch is all there is to see.
     """
-    alone = len(micro_batches) == runtime.world_size == 1
+    alone = len(micro_batches) == runtime.world_size == 1 and micro_batches[0].trained is None
     if alone or not objective.loss.needs_global_batch:
         return [None] * len(micro_batches)
     with torch.no_grad():
         parts = [objective.rows(model, micro_batch) for micro_batch in micro_batches]
     # Of all rows, this rank's are every world_size-th.
-    slots = torch.arange(num_pairs, device=runtime.device)[runtime.rank :: runtime.world_size]
-    whole = gathered(parts, slots, num_pairs, runtime.all_reduce)
-    return [GlobalBatch(whole, own) for own in slots.split([mb.num_pairs for mb in micro_batches])]
+    slots = torch.arange(num_rows, device=runtime.device)[runtime.rank :: runtime.world_size]
+    whole = gathered(parts, slots, num_rows, runtime.all_reduce)
+    return [GlobalBatch(whole, own) for own in slots.split([mb.num_rows for mb in micro_batches])]

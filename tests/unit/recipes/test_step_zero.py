@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.errors import CacheError
 from preftune.losses import LOSS_SPECS, DPOLossType, make_loss
 from preftune.model.forward import PolicyModel
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import PairObjective
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
@@ -22,10 +23,10 @@ def check(tmp_path, loss_type="dpo", change=None, model=None):
     policy = PolicyModel(tiny_model())
     store = ReferenceStore(tmp_path, "ns", {})
     sums = reference_logps(policy, examples, store, layout=Layout("concatenated"), device=CPU).sums
-    batcher = PairBatcher(
+    batcher = RowBatcher(
         examples, sums if change is None else change(sums), Layout("concatenated"), CPU
     )
-    objective = PreferenceObjective(make_loss(DPOLossType(loss_type)))
+    objective = PairObjective(make_loss(DPOLossType(loss_type)))
     return check_step_zero(model or policy, objective, batcher, [0, 1, 2, 3], is_exact=True)
 
 

@@ -1,0 +1,83 @@
+"""From row indices to what one forward reads, on the device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from preftune.batching.layout import Layout, PairLayout, build_layout
+from preftune.schema import TokenizedExample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows of a dataset, laid out for one forward."""
+
+    layout: PairLayout
+    """Of all answers."""
+    num_rows: int
+    """Rows that count: 0 for the dummy of a rank without work."""
+    reference: Tensor | None
+    """The reference's log-prob sums, fp64, (rows, answers); None for reference-free losses."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the data say of each row: `margin`, `weight`, `is_desirable`; (rows,) each."""
+    trained: PairLayout | None = None
+    """Of the answers that the gradient goes through; None where these are all."""
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A micro-batch that is still on the host."""
+
+    layout: PairLayout
+    trained: PairLayout | None
+    rows: Tensor
+    num_rows: int
+
+    def pinned(self) -> "LaidOut":
+        """The same in memory from which a copy to the device need not be waited for."""
+        trained = None if self.trained is None else self.trained.pinned()
+        return LaidOut(self.layout.pinned(), trained, self.rows.pin_memory(), self.num_rows)
+
+
+@dataclass(frozen=True)
+class RowBatcher:
+    """Makes micro-batches from row indices of one dataset."""
+
+    examples: Sequence[TokenizedExample]
+    reference: Tensor | None
+    layout: Layout
+    device: torch.device
+    """Where micro-batches go; `reference` and `columns` are there."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """As in `MicroBatch`, for all rows."""
+
+    def __call__(self, rows: Sequence[int]) -> MicroBatch:
+        """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
+        return self.place(self.lay_out(rows))
+
+    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+        """The part that works on the host alone, and may run ahead on another thread.
+
+        A dummy runs a real forward, because every rank must take part in the collectives.
+        """
+        used = list(rows) or [0]
+        examples = [self.examples[i] for i in used]
+        layout, trained = build_layout(examples, self.layout), None
+        if examples[0].roles[-1] == "mismatched":  # scored without gradient
+            own = [replace(e, completions=e.completions[:1], roles=e.roles[:1]) for e in examples]
+            trained = build_layout(own, self.layout)
+        laid_out = LaidOut(layout, trained, torch.tensor(used), len(rows))
+        return laid_out.pinned() if self.device.type == "cuda" else laid_out
+
+    def place(self, laid_out: LaidOut) -> MicroBatch:
+        """Bring a laid out micro-batch to the device, without waiting for it."""
+        rows = laid_out.rows.to(self.device, non_blocking=True)
+        return MicroBatch(
+            laid_out.layout.to(self.device),
+            laid_out.num_rows,
+            None if self.reference is None else self.reference[rows],
+            {name: values[rows] for name, values in self.columns.items()},
+            None if laid_out.trained is None else laid_out.trained.to(self.device),
+        )
