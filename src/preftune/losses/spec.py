@@ -48,6 +48,8 @@ class LossSpec:
     """Whether it reads the reference's log-probs; where False, no reference forward runs."""
     reads_alignment: bool = False
     """Whether it can read `PairLogps.*_alignment`; the loss object says if, so set, it does."""
+    unpaired: bool = False
+    """Whether it trains on single labelled completions."""
     narrower: Mapping[str, Knob] = field(default_factory=dict)
     """Knobs whose range is narrower here than elsewhere."""
 
