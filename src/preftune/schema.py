@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Role: TypeAlias = Literal["chosen", "rejected", "mismatched"]
-"""What an answer is to its prompt. An unpaired row's answer is chosen or rejected; mismatched is one
-that was given to another prompt, of which nothing is learnt."""
+"""What an answer is to its prompt. An unpaired row's answer is chosen or rejected; mismatched is
+one that was given to another prompt, of which nothing is learnt."""
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 """Plain text, continued as it stands, or chat messages, rendered by the chat template."""
@@ -33,7 +33,7 @@ class Example:
     weight: float = 1.0
     """Factor of the row's loss, 0 or more; the number of rows that a sum is divided by stays."""
     margin: float | None = None
-    """By how much the chosen answer is better, in units of reward; None where the data is silent."""
+    """By how much the chosen answer is better, in units of reward; None where none is given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,7 +255,7 @@ class TokenRows(Sequence[TokenizedExample]):
 
     @property
     def margins(self) -> np.ndarray:
-        """(rows,) float64 by how much the chosen answers are better; nan where the data is silent.
+        """(rows,) float64 by how much the chosen answers are better; nan where none is given.
 
         In units of reward.
         """

@@ -232,8 +232,8 @@ def over_budget(config: TrainingConfig, dataset: PairDataset) -> list[str]:
         return []
     number = int((tokens > budget).sum())
     return [
-        f"{number} {dataset.unit} of {dataset.name} have more than max_tokens_per_microbatch ({budget}) "
-        f"tokens, the longest {tokens.max()}: each is trained alone, in more memory"
+        f"{number} {dataset.unit} of {dataset.name} have more than max_tokens_per_microbatch "
+        f"({budget}) tokens, the longest {tokens.max()}: each is trained alone, in more memory"
     ]
 
 
