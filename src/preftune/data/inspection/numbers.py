@@ -26,7 +26,7 @@ class Answers:
     """(rows, answers) Index of the first token that the loss reads."""
     first_difference: np.ndarray
     """(rows,) Index of the first token in which the first two answers differ; where one begins the
-    other, the length of the shorter. Of a lone answer, more than any length."""
+    other, the length of the shorter. Of a lone answer 0, for it stays unlike any other."""
 
     def take(self, rows: np.ndarray) -> "Answers":
         """Those of some rows."""
@@ -44,7 +44,7 @@ def read_answers(table: pa.Table) -> Answers:
     num_answers = lengths.shape[1] - 1
     keys = np.zeros((len(table), num_answers), np.uint64)
     first_scored = np.zeros((len(table), num_answers), np.int64)
-    first_difference = np.full(len(table), np.iinfo(np.int64).max)
+    first_difference = np.zeros(len(table), np.int64)
     start = 0
     for batch in table.select(["reason", "completions", "scored"]).to_batches():
         rows = start + kept_positions(pa.Table.from_batches([batch]))
