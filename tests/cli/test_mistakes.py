@@ -224,7 +224,7 @@ MISTAKES = {
     ),
     "a weight of text": with_data(rows_with(3, weight="2")),
     "a weight that is true": with_data(rows_with(3, weight=True)),
-    "a weight below 0": with_data(rows_with(3, w=-0.5), column_map="{weight: w}"),
+    "a weight below 0": with_data(rows_with(3, weight=-0.5)),
     "a margin that is no number": with_data(rows_with(3, margin=float("nan"))),
     # ---- rows of one answer
     "rows of one answer for a loss on pairs": with_data(LONE_ANSWERS),
