@@ -11,6 +11,7 @@ from preftune.data.pairs import PairDataset
 from preftune.errors import CacheError
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import PolicyModel, pair_logps
+from preftune.model.layout_choice import choose_layout
 from preftune.reference import build, fingerprints
 from preftune.reference.build import reference_logps
 from preftune.reference.fingerprints import completion_key, namespace_fields, namespace_key
@@ -78,6 +79,7 @@ def test_a_mismatched_answer_is_scored_once_behind_the_prompt_of_its_row(tmp_pat
     assert (both.num_computed, both.num_reused) == (6, 6)
     assert torch.equal(both.sums[:, :1], alone.sums)
     policy = PolicyModel(tiny_model())
+    assert choose_layout(policy, layout, "auto", longest=100).name == layout
     with torch.no_grad():
         together = pair_logps(policy, build_layout(list(rows), layout)).sums.view(6, 2)
     assert torch.allclose(both.sums, together, atol=1e-4, rtol=1e-6)
