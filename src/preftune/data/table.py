@@ -12,6 +12,7 @@ import pyarrow.compute
 import xxhash
 
 from preftune.batching.micro_batches import RowSizes
+from preftune.data.mismatched import mismatched_rows
 from preftune.data.reasons import Dropped, DropReason
 from preftune.data.truncate import Limits, cut_completion, truncate
 from preftune.errors import DataError
@@ -152,7 +153,7 @@ class TokenRows(Sequence[TokenizedExample]):
         reference.
         """
         assert self.num_answers == 1, "pairs have no mismatched answers"
-        partners = _partners(self.prompt_keys, self._positions, seed)
+        partners = mismatched_rows(self.prompt_keys, self._positions, seed)
         if partners is None:
             raise DataError(
                 f"{' + '.join(self._names)}: {self.row_id(0)} is the only row, and the loss "
@@ -360,29 +361,6 @@ class TokenRows(Sequence[TokenizedExample]):
         """
         values = compute.fill_null(self._table.column(name), fill).to_numpy()
         return values[self._positions if at is None else at]
-
-
-def _partners(prompts: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray | None:
-    """(rows,) Of each row, the next one in a shuffled circle that is another's.
-
-    Args:
-        prompts: (rows,) keys of prompts; another's is one with another prompt.
-        positions: (rows,) of rows in the table: what tells them apart if all have one prompt.
-        seed: of the shuffling.
-
-    Returns:
-        Row indices; None where all rows are one.
-    """
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    for keys in (prompts[order], positions[order]):
-        # Where the circle changes from one key to the next, which is that of a whole run of rows.
-        starts = np.flatnonzero(keys != np.roll(keys, 1))
-        if len(starts):
-            after = np.searchsorted(starts, np.arange(len(keys)), side="right")
-            partners = np.empty_like(order)
-            partners[order] = order[starts[after % len(starts)]]
-            return partners
-    return None
 
 
 def read_row(table: pa.Table, position: int, dataset: str) -> TokenizedExample:

@@ -106,8 +106,7 @@ def _count_note(dataset: PairDataset) -> str:
     if dataset.copies is not None:
         notes.append(
             f"With what the mix repeats, an epoch has {number(int(dataset.copies.sum()))} "
-            f"{dataset.unit}; "
-            "below, each counts once."
+            f"{dataset.unit}; below, each counts once."
         )
     return " ".join(notes)
 
