@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Role: TypeAlias = Literal["chosen", "rejected"]
+Role: TypeAlias = Literal["chosen", "rejected", "mismatched"]
+"""What an answer is to its prompt. An unpaired row's answer is chosen or rejected; mismatched is
+one that was given to another prompt, of which nothing is learnt."""
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 """Plain text, continued as it stands, or chat messages, rendered by the chat template."""
@@ -28,6 +30,10 @@ class Example:
     """Which dataset or subset the row came from."""
     tools: list[dict[str, Any]] | None = None
     """Tool schemas that the chat template renders, if any."""
+    weight: float = 1.0
+    """Factor of the row's loss, 0 or more; the number of rows that a sum is divided by stays."""
+    margin: float | None = None
+    """By how much the chosen answer is better, in units of reward; None where none is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,10 @@ class TokenizedExample:
     source: str
     prompt_key: int
     """64-bit hash of the prompt before truncation: rows that share it share a prompt."""
+    weight: float = 1.0
+    """As in `Example`."""
+    margin: float | None = None
+    """As in `Example`."""
 
     @property
     def lengths(self) -> Sequence[int]:

@@ -9,7 +9,7 @@ import pytest
 
 from preftune.cli.main import main
 from preftune.recipes import inspect_data as recipe
-from tests.runs import arguments, tiny_settings
+from tests.runs import arguments, tiny_settings, train_on_single_answers
 from tests.tiny import chat_row, make_pairs, write_jsonl
 
 ATTACK = "<script>alert(1)</script> \x1b[31m & \"'"
@@ -267,6 +267,75 @@ def test_tokenize_fills_the_cache_that_a_run_reads(capsys, tmp_path):
     assert len(list((tmp_path / "cache" / "datasets").glob("*/complete.json"))) == 2
     assert main(["data", "tokenize", *words]) == 0
     assert capsys.readouterr().out == made.replace("tokenised,", "found in the cache,")
+
+
+LONE = [
+    *({"prompt": f"q{i}?", "completion": f" a{i}", "label": i % 2 == 0} for i in range(4)),
+    chat_row("capital?", "Paris", "Berlin", weight=0.5, margin=2),
+    chat_row("large?", "big", " "),
+]
+"""Four lone answers, a pair, and a pair whose worse answer is empty."""
+
+
+def test_rows_of_one_answer_and_pairs_taken_apart(capsys, tmp_path, monkeypatch):
+    train_on_single_answers(monkeypatch)
+    page = tmp_path / "page.html"
+    text = inspect(capsys, words_of(tmp_path, LONE, num_rows=7, html=page))
+    assert line(text, str(tmp_path / "d.jsonl"))[1:] == ["8", "7", "1", "0", "0", "0"]
+    assert "(7 rows)" in text
+    assert "(7 rows)" in page.read_text(encoding="utf-8")
+    for shown in (text, page.read_text(encoding="utf-8")):
+        assert shown.count("weight 0.5, margin 2") == 2
+    for proof in ("prefix", "bos", "stop", "round_trip", "verbatim"):
+        assert line(text, proof)[1:3] == ["7", "0"]
+    assert line(text, "chosen (label true)")[1:3] == ["4", "57.1%"]
+    assert line(text, "rejected (label false)")[1:3] == ["3", "42.9%"]
+    assert line(text, "rows a prompt")[1:] == ["1.17 on average, 2 at most"]
+    assert "d.jsonl:6 (rejected)  empty_completion" in text
+    assert "Length bias" not in text
+
+
+def test_both_answers_of_a_pair_are_shown_under_its_id(capsys, tmp_path, monkeypatch):
+    train_on_single_answers(monkeypatch)
+    both = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5"))
+    assert "\nd.jsonl:5 (chosen)\n" in both
+    assert "\nd.jsonl:5 (rejected)\n" in both
+    one = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5 (rejected)"))
+    assert "\nd.jsonl:5 (rejected)\n" in one
+    assert "\nd.jsonl:5 (chosen)\n" not in one
+    lost = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:6 (rejected)"))
+    assert "Not trained on: empty_completion" in lost
+
+
+def test_held_out_answers_and_what_training_has_of_them(capsys, tmp_path, monkeypatch):
+    train_on_single_answers(monkeypatch)
+    held_out = write_jsonl(tmp_path / "test.jsonl", [chat_row("q1?", "new", "newer"), LONE[3]])
+    text = inspect(capsys, words_of(tmp_path, LONE[:3], eval_dataset=held_out, num_rows=0))
+    # Plain text and a rendered chat are different prompts.
+    assert line(text, "held out")[1:] == ["0", "0", "0 (0.0%)"]
+    text = inspect(capsys, words_of(tmp_path, LONE[:4], eval_dataset=held_out, num_rows=0))
+    assert line(text, "held out")[1:] == ["0", "1", "0 (0.0%)"]
+
+
+def test_tokens_of_single_answers_are_cached_apart(capsys, tmp_path, monkeypatch):
+    words = words_of(tmp_path, make_pairs(6))
+    assert main(["data", "tokenize", *words]) == 0
+    assert "tokenised, 6 rows" in capsys.readouterr().out
+    train_on_single_answers(monkeypatch)
+    assert main(["data", "tokenize", *words]) == 0
+    assert "tokenised, 12 rows" in capsys.readouterr().out
+    assert main(["data", "tokenize", *words]) == 0
+    assert "found in the cache, 12 rows" in capsys.readouterr().out
+
+
+def test_score_reads_pairs_only(capsys, tmp_path, monkeypatch):
+    train_on_single_answers(monkeypatch)
+    data = write_jsonl(tmp_path / "d.jsonl", LONE)
+    settings = tiny_settings(tmp_path)
+    words = {key: settings[key] for key in ("model_name_or_path", "cache_dir", "progress")}
+    assert main(["score", *arguments(words | {"dataset_name": data})]) == 2
+    assert "d.jsonl:1 of dataset" in (error := capsys.readouterr().err)
+    assert "'completion') and no 'chosen', and the loss reads pairs" in error
 
 
 def test_tokenize_without_a_cache_is_refused(capsys, tmp_path):

@@ -22,7 +22,7 @@ import torch
 
 from preftune.cli.main import main
 from preftune.recipes import preflight
-from tests.runs import arguments, tiny_config, tiny_settings
+from tests.runs import arguments, tiny_config, tiny_settings, train_on_single_answers
 from tests.tiny import chat_row, make_pairs
 
 SNAPSHOTS = Path(__file__).with_name("mistakes.txt")
@@ -31,6 +31,10 @@ LEFT_OUT = object()
 
 SIDES = ("chosen", "rejected")
 TEXT_PAIRS = make_pairs(10, chat=False)
+LONE_ANSWERS = [
+    {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0}
+    for n, row in enumerate(make_pairs(10))
+]
 NO_STOP_TEMPLATE = (
     "{% for m in messages %}"
     "{{ '### ' + m['role'] + '\n' + m['content'] + '\n#END#\n' }}{% endfor %}"
@@ -52,6 +56,8 @@ class Mistake:
     """What torch says of the machine."""
     packages: tuple[str, ...] = ()
     """What is installed for attention."""
+    unpaired: bool = False
+    """Whether the loss trains on single answers."""
     cut: str = r"$^"
     """What a library says in its own words, which change from version to version."""
 
@@ -77,6 +83,12 @@ def rows_with(number: int, **columns: Any) -> list[dict[str, Any]]:
     rows = make_pairs(10, seed=0)
     rows[number - 1] |= columns
     return rows
+
+
+def lone_answers(number: int, column_map: Any = LEFT_OUT, **columns: Any) -> Mistake:
+    rows = [row | (columns if n == number else {}) for n, row in enumerate(LONE_ANSWERS, 1)]
+    options = {"dataset_name": "d.jsonl", "column_map": column_map}
+    return Mistake(options, (), {"d.jsonl": rows}, unpaired=True)
 
 
 def manifest(**changes: Any) -> Callable[[Path], str]:
@@ -121,6 +133,10 @@ MISTAKES = {
     "an unquoted no that means nothing": in_file("save_dtype: no\n"),
     "a fraction of a step": given(max_train_steps=2.5, num_epochs=LEFT_OUT),
     "no processes": given(num_proc=0),
+    "no tokens in a micro-batch": given(max_tokens_per_microbatch=0),
+    "fewer than no tokens in a micro-batch": given(max_tokens_per_microbatch=-2048),
+    "a word for tokens in a micro-batch": given(max_tokens_per_microbatch="many"),
+    "a fraction of a token in a micro-batch": given(max_tokens_per_microbatch=2048.5),
     "a negative seed": given(seed=-1),
     "a tracker that does not exist": given(report_to="tensorbord"),
     "an unknown preset": given(preset="zephir"),
@@ -205,6 +221,21 @@ MISTAKES = {
     "all rows over length": given(max_length=5),
     "rows longer than the model's positions": with_data(
         [*make_pairs(8), *make_pairs(1, completion_words=(600, 600))]
+    ),
+    "a weight of text": with_data(rows_with(3, weight="2")),
+    "a weight that is true": with_data(rows_with(3, weight=True)),
+    "a weight below 0": with_data(rows_with(3, weight=-0.5)),
+    "a margin that is no number": with_data(rows_with(3, margin=float("nan"))),
+    # ---- rows of one answer
+    "rows of one answer for a loss on pairs": with_data(LONE_ANSWERS),
+    "a label of text": lone_answers(2, label="good"),
+    "a label of 0.5": lone_answers(2, label=0.5),
+    "a label that is null": lone_answers(2, label=None),
+    "a label under another name": lone_answers(0, column_map="{label: liked}"),
+    "an answer without its prompt": lone_answers(2, prompt=None),
+    "a label without an answer": lone_answers(2, completion=None),
+    "a pair with one equal answer among rows of one answer": lone_answers(
+        2, **chat_row("q", "same", "same")
     ),
     # ---- transforms
     "an unknown transform": given(dataset_transforms="[strip_blanks]"),
@@ -395,6 +426,8 @@ def test_a_mistake(name, root, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, function, lambda value=value, **_: value)
     installed = {package: object() for package in mistake.packages}
     monkeypatch.setattr(preflight, "find_spec", installed.get)
+    if mistake.unpaired:
+        train_on_single_answers(monkeypatch)
     make_files(root, mistake.files)
     said = {command: said_by(command, mistake, root, capsys) for command in ("check", "train")}
     if said["check"] == said["train"]:
@@ -470,13 +503,12 @@ def test_5e_7_is_a_number_quoted_or_not(root, capsys):
         assert "learning_rate: 5.0e-07  # c.yaml line 1\n" in capsys.readouterr().out
 
 
-def test_what_is_not_read_yet_is_said(root, capsys):
-    make_files(root, {"text.jsonl": [row | {"weight": 2.0} for row in TEXT_PAIRS]})
+def test_rows_without_a_template_are_said(root, capsys):
+    make_files(root, {"text.jsonl": TEXT_PAIRS})
     options = {"dataset_name": "text.jsonl", "test_size": 4}
     assert main(["check", *arguments(tiny_settings(root) | options)]) == 0
     printed = capsys.readouterr().out
     assert "6 are plain text, without a chat template" in printed
-    assert "columns not read yet: weight" in printed
 
 
 def test_a_precision_that_the_cpu_computes_in_software_is_said_aloud(root, capsys, monkeypatch):
@@ -504,3 +536,14 @@ def test_check_prints_what_the_run_would_do(root, capsys):
     tokens = re.search(pattern, printed)
     assert tokens is not None
     assert int(tokens[1]) == 2 * int(tokens[2])
+
+
+def test_check_counts_answers_where_the_loss_trains_on_single_ones(root, capsys, monkeypatch):
+    train_on_single_answers(monkeypatch)
+    assert main(["check", *arguments(tiny_settings(root, test_size=4))]) == 0
+    printed = capsys.readouterr().out
+    assert "pairs.jsonl: 38 rows read, 38 kept" in printed
+    assert "pairs.jsonl: 4 rows read, 4 kept" in printed
+    assert "rows a step: 8 = 4 x 2 accumulated x 1 processes\nsteps: 10 (5 an epoch)\n" in printed
+    assert "tokens, each prompt counted once an answer: " in printed
+    assert "tokens of a prompt and its answer: median " in printed

@@ -10,8 +10,18 @@ from preftune.config.section import Section
 from preftune.config.typed import number
 
 Truncation = Literal["drop", "keep_start", "keep_end"]
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "source")
-"""Columns of a pair that `column_map` can rename."""
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "label",
+    "weight",
+    "margin",
+    "tools",
+    "source",
+)
+"""Columns of a row that `column_map` can rename."""
 _LABEL = re.compile(r"[\w.-]+")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _MODULE_FUNCTION = re.compile(f"{_DOTTED}:{_DOTTED}")
@@ -31,7 +41,9 @@ class PairsConfig(Section):
 
     column_map: dict[str, str] | None = None
     """Columns under other names, as {prompt: question, chosen: good, rejected: bad}. Unset: the
-    columns are called prompt (optional), chosen and rejected."""
+    columns are called prompt (optional), chosen and rejected; in rows of one answer prompt,
+    completion and label (true or false); besides these weight (of the row's loss, 0 or more),
+    margin (how much better the chosen answer is, in units of reward), tools and source."""
 
     max_length: int | None = 2048
     """Most tokens of prompt and completion together, 2 or more; null is no limit. `truncation`
@@ -224,7 +236,7 @@ def _pairs_problems(section: PairsConfig) -> list[Problem]:
     found = count("num_proc", section.num_proc)
     for column in section.column_map or {}:
         if column not in COLUMNS:
-            message = f"{column!r} is not a column of a pair; they are {', '.join(COLUMNS)}"
+            message = f"{column!r} is not a column that is read; they are {', '.join(COLUMNS)}"
             found.append(Problem("column_map", section.column_map, message))
     if not 0 <= section.max_dropped_fraction <= 1:
         message = "it must be from 0 to 1"

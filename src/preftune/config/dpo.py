@@ -136,6 +136,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         """Whether a loss reads the reference's log-probs."""
         return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
 
+    @property
+    def unpaired(self) -> bool:
+        """Whether a loss trains on single labelled answers: then pairs are taken apart."""
+        return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
+
     def knobs_of(self, loss: DPOLossType) -> dict[str, float | str]:
         """The knobs of one of the losses: those given, and its defaults.
 

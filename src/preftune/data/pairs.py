@@ -33,7 +33,10 @@ MAX_DROPPED_ROWS_KEPT = 1000
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows read; `read == kept + sum(dropped.values()) + not_drawn`."""
+    """What became of the rows read; `read == kept + sum(dropped.values()) + not_drawn`.
+
+    Where pairs were taken apart, each of their answers is a row.
+    """
 
     read: int
     kept: int
@@ -89,12 +92,15 @@ class PairDataset:
     sources: tuple[SourceCounts, ...] = ()
     copies: np.ndarray | None = None
     """(rows,) How often each row shall stand in training; None: once. See `repeated`."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns with a meaning to preftune that this version does not read."""
     reused: bool = False
     """Whether all tokens came from the cache."""
     opened: tuple[Source, ...] = ()
     """The sources, which can be read again; empty for rows that were at hand."""
+
+    @property
+    def unit(self) -> str:
+        """What its rows are: pairs, or rows of one answer each."""
+        return "rows" if self.examples.num_answers == 1 else "pairs"
 
     @property
     def num_text_rows(self) -> int:
@@ -139,6 +145,7 @@ def load_pairs(
     hub: HubCache | None = None,
     num_proc: int = 1,
     progress: Progress | None = None,
+    unpaired: bool = False,
 ) -> PairDataset:
     """Read, check and tokenise pairs from one source or a mix of several.
 
@@ -148,19 +155,21 @@ def load_pairs(
             rows), a number of rows (int), or None for all.
         split: of folders and Hub datasets.
         tokenizer: from transformers, with its chat template set; not changed.
-        column_map: our name (prompt, chosen, rejected, tools, source) -> the data's name.
+        column_map: our name, of `data.formats.COLUMNS` -> the data's name.
         transforms: names of row functions, applied in order; see `data.transforms`.
         max_length: most tokens of prompt and one answer together; None for no limit.
         max_prompt_length: most tokens of the prompt; None for no limit.
         truncation: what becomes of longer rows; see `data.truncate`.
         context: positions of the model, a bound like `max_length`; None for none.
         max_dropped_fraction: most rows of a source, in 0..1, that may be dropped for other reasons.
-        max_rows: read no more rows of a source than this; None for all.
+        max_rows: read no more rows of a source than this, pairs counted whole; None for all.
         seed: of which rows are drawn where a source gives a part of its rows.
         cache: folder of tokenised sources; None keeps nothing.
         hub: where else to look for tokenised sources, and to put what is made.
         num_proc: processes that tokenise.
         progress: called now and then with (rows done, rows in all or None).
+        unpaired: make each answer a row of its own, counted and drawn by itself: rows of
+            {prompt, completion, label} as they are, and pairs taken apart.
 
     Raises:
         DataError: a source or a row cannot be read, too many rows are untrainable, or none is
@@ -173,7 +182,7 @@ def load_pairs(
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
     wanted = [(sources, None)] if isinstance(sources, str) else list(sources)
     opened, row_functions = _open_all([name for name, _ in wanted], split, transforms)
-    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions)
+    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions, unpaired)
     totals = [source.total for source in opened]
     total = None if None in totals or max_rows is not None else sum(t or 0 for t in totals)
     parts: list[_Part] = []
@@ -195,7 +204,7 @@ def load_pairs(
                 num_proc=num_proc,
                 progress=report,
             )
-            num_done += len(tokenized.table)
+            num_done += tokenized.num_read
             parts.append(_usable(tokenized, limits, max_dropped_fraction, amount, seed))
     findings.raise_all()
     return _mixed(parts, limits)
@@ -283,7 +292,6 @@ def _mixed(parts: list[_Part], limits: Limits) -> PairDataset:
         counts=_summed([source.counts for source in sources]),
         sources=sources,
         copies=None if (copies == 1).all() else copies,
-        unread_columns=tuple(sorted({c for p in parts for c in p.tokenized.unread_columns})),
         reused=all(part.tokenized.reused for part in parts),
         opened=tuple(part.tokenized.source for part in parts),
     )

@@ -44,8 +44,8 @@ MEANING: dict[DropReason, str] = {
         "writes the conversation differently once it is answered"
     ),
     DropReason.PROMPT_REPEATED: (
-        "both answers begin with the whole text of the prompt, which would stand there twice: take "
-        "it out of the answers"
+        "the answer, or each of a pair, begins with the whole text of the prompt, which would "
+        "stand there twice: take it out of the answers"
     ),
     DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",
     DropReason.STOP_TOKEN_INSIDE: "an answer holds the stop token before its end",

@@ -271,6 +271,8 @@ class PairTokenizer:
             roles=example.roles,
             source=example.source,
             prompt_key=xxhash.xxh3_64_intdigest(np.asarray(prompt, dtype=np.int64).tobytes()),
+            weight=example.weight,
+            margin=example.margin,
         )
 
     def _completion(

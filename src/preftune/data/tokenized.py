@@ -22,24 +22,23 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import xxhash
 
-from preftune.data.formats import check_column_map, parse_row
+from preftune.data.formats import check_column_map, parse_answers, parse_row
 from preftune.data.formats.row import renamed
 from preftune.data.hub_cache import HubCache
-from preftune.data.reasons import Dropped
+from preftune.data.reasons import Dropped, DropReason
 from preftune.data.sources import RawRow, Source
 from preftune.data.table import TokenizedRow, make_table
 from preftune.data.tokenize import PairTokenizer
 from preftune.data.transforms import RowTransforms
 from preftune.errors import CacheError, DataError
 from preftune.files import replacing, write_atomically
-from preftune.schema import Example
+from preftune.schema import Example, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_SHARD = 2048
 ROWS_AT_A_TIME = 64
-NOT_READ_YET = frozenset({"weight", "margin"})
 _COMPLETE = "complete.json"
 
 Progress = Callable[[int, int | None], None]
@@ -52,8 +51,8 @@ class Tokenized:
     source: Source
     table: pa.Table
     """Every row read, of `data.table.SCHEMA`, mapped from disk."""
-    unread_columns: tuple[str, ...]
-    """Columns with a meaning to preftune that this version does not read."""
+    num_read: int
+    """Rows of the source, which has fewer than the table where pairs were taken apart."""
     reused: bool
     """Whether all of it was in the cache."""
 
@@ -68,6 +67,8 @@ class Recipe:
     tokenizer: "PreTrainedTokenizerBase"
     column_map: Mapping[str, str]
     transforms: RowTransforms
+    unpaired: bool = False
+    """Whether each answer is a row of its own; see `data.formats.parse_answers`."""
 
     def key(self, source: Source, max_rows: int | None) -> str:
         """Name of the folder that holds the tokens of `source`."""
@@ -76,13 +77,16 @@ class Recipe:
             "max_rows": max_rows,
             "columns": dict(self.column_map),
             "transforms": self.transforms.fingerprint,
+            "unpaired": self.unpaired,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "code": _code_fingerprint(),
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
-    def parse(self, row_id: str, raw: dict[str, Any], dataset: str) -> Example | Dropped:
+    def parse(self, row_id: str, raw: dict[str, Any], dataset: str) -> list[Example | Dropped]:
         """A raw row, transformed where transforms are given, as text.
+
+        One result, or two where a pair is taken apart; a row that a transform drops is one.
 
         Args:
             row_id: where the row stands, for people.
@@ -93,11 +97,18 @@ class Recipe:
             DataError: a column is missing or of the wrong type, or a transform failed.
         """
         if not self.transforms.names:
-            return parse_row(row_id, raw, dataset=dataset, column_map=self.column_map)
+            return self._parsed(row_id, raw, dataset, self.column_map)
         row = self.transforms(row_id, dataset, renamed(row_id, raw, dataset, self.column_map))
         if isinstance(row, Dropped):
-            return row
-        return parse_row(row_id, row, dataset=dataset, column_map={})
+            return [row]
+        return self._parsed(row_id, row, dataset, {})
+
+    def _parsed(
+        self, row_id: str, raw: dict[str, Any], dataset: str, column_map: Mapping[str, str]
+    ) -> list[Example | Dropped]:
+        if self.unpaired:
+            return parse_answers(row_id, raw, dataset=dataset, column_map=column_map)
+        return [parse_row(row_id, raw, dataset=dataset, column_map=column_map)]
 
 
 def tokenize_source(
@@ -163,7 +174,7 @@ def _in_folder(
     complete = json.loads((folder / _COMPLETE).read_text("utf-8"))
     shards = [_map(_shard(folder, index)) for index in range(complete["num_shards"])]
     table = pa.concat_tables(shards) if shards else make_table([], source.name)
-    return Tokenized(source, table, tuple(complete["unread_columns"]), reused)
+    return Tokenized(source, table, complete["num_rows"], reused)
 
 
 def _fill(
@@ -178,14 +189,12 @@ def _fill(
     total = source.total
     if total is not None and max_rows is not None:
         total = min(total, max_rows)
-    unread: set[str] = set()
     num_shards = num_done = 0
 
     def jobs() -> Iterator["_Job"]:
         nonlocal num_shards
         rows = islice(source.rows(), max_rows)
         while shard := list(islice(rows, ROWS_PER_SHARD)):
-            unread.update(key for _, raw in shard for key in NOT_READ_YET & raw.keys())
             yield _Job(_shard(folder, num_shards), source.name, shard)
             num_shards += 1
 
@@ -197,7 +206,7 @@ def _fill(
 
     work = _work_alone if num_proc == 1 else _work_together
     work(jobs(), recipe, num_proc, report)
-    note = {"num_shards": num_shards, "num_rows": num_done, "unread_columns": sorted(unread)}
+    note = {"num_shards": num_shards, "num_rows": num_done}
     write_atomically(folder / _COMPLETE, json.dumps(note, indent=1))
 
 
@@ -263,16 +272,26 @@ class _Worker:
 
     def _tokenize(self, rows: list[RawRow], dataset: str) -> Iterator[TokenizedRow]:
         parsed = [self._recipe.parse(row_id, raw, dataset) for row_id, raw in rows]
-        examples = [row for row in parsed if isinstance(row, Example)]
+        examples = [row for answers in parsed for row in answers if isinstance(row, Example)]
         try:
             encoded = iter(self._encode(examples))
         except DataError as error:
             raise DataError(f"dataset {dataset}: {error}") from error
-        for row in parsed:
-            if isinstance(row, Example):
-                yield TokenizedRow(next(encoded), is_text=isinstance(row.prompt, str))
-            else:
-                yield TokenizedRow(row)
+        for answers in parsed:
+            results = [next(encoded) if isinstance(row, Example) else row for row in answers]
+            for row, result in zip(answers, _without_equal(results), strict=True):
+                is_text = isinstance(row, Example) and isinstance(row.prompt, str)
+                yield TokenizedRow(result, is_text)
+
+
+def _without_equal(
+    results: list[TokenizedExample | Dropped],
+) -> list[TokenizedExample | Dropped]:
+    """What one raw row gave; two answers with the same tokens are dropped, as in a pair."""
+    kept = [row for row in results if isinstance(row, TokenizedExample)]
+    if len(kept) == 2 and len({row.prompt_ids + row.completions[0].ids for row in kept}) == 1:
+        return [Dropped(row.row_id, DropReason.EQUAL_COMPLETIONS) for row in kept]
+    return results
 
 
 _worker: _Worker | None = None

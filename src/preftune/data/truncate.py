@@ -81,7 +81,7 @@ def truncate(example: TokenizedExample, limits: Limits) -> TokenizedExample | Dr
         case _:
             assert_never(limits.truncation)
     left = None if limits.longest is None else limits.longest - len(prompt)
-    completions = tuple(_cut(c, left) for c in example.completions)
+    completions = tuple(cut_completion(c, left) for c in example.completions)
     if not all(c.num_scored for c in completions):
         return Dropped(example.row_id, DropReason.OVER_LENGTH)
     if len(completions) > 1 and all(c.ids == completions[0].ids for c in completions):
@@ -108,7 +108,8 @@ def _room_for_prompt(limits: Limits, *, reserve: int) -> int | None:
     return min(rooms) if rooms else None
 
 
-def _cut(completion: Completion, left: int | None) -> Completion:
+def cut_completion(completion: Completion, left: int | None) -> Completion:
+    """An answer's first `left` tokens; all of them where there is no limit (None)."""
     if left is None or len(completion.ids) <= left:
         return completion
     scored = completion.scored

@@ -94,14 +94,16 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
     steps, an_epoch = count_steps(config, sampler), sampler.steps_per_epoch
     tokens, lengths = train.examples.num_tokens, train.examples.longest_side
     about = "about " if steps % an_epoch else ""
+    once, side = "for both sides", "the longer side of a pair"
+    if train.examples.num_answers == 1:
+        once, side = "once an answer", "a prompt and its answer"
     return [
-        f"pairs a step: {batch} = {config.per_device_train_batch_size} x "
+        f"{train.unit} a step: {batch} = {config.per_device_train_batch_size} x "
         f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",
         f"steps: {steps} ({an_epoch} an epoch)",
-        f"tokens, each prompt counted for both sides: {about}{round(tokens * steps / an_epoch)} "
+        f"tokens, each prompt counted {once}: {about}{round(tokens * steps / an_epoch)} "
         f"({tokens} an epoch)",
-        f"tokens of the longer side of a pair: median {int(np.median(lengths))}, longest "
-        f"{lengths.max()}",
+        f"tokens of {side}: median {int(np.median(lengths))}, longest {lengths.max()}",
         *over_budget(config, train),
     ]
 

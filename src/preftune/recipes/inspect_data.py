@@ -94,7 +94,7 @@ class _Inspection:
         self._display = display
         self._tokenizer = tokenizer
         transforms = load_transforms(config.dataset_transforms or ())
-        self._recipe = Recipe(tokenizer, dict(config.column_map or {}), transforms)
+        self._recipe = Recipe(tokenizer, dict(config.column_map or {}), transforms, config.unpaired)
         self._pairs = pairs
         self._titles = {
             label: f"held out as {label}" if label else "held out" for label in pairs.held_out
@@ -117,7 +117,8 @@ class _Inspection:
                 answers.take(dataset.examples.positions),
             )
             left_out = np.isin(pairs.shared.prompt_keys, dataset.examples.prompt_keys).sum()
-            overlaps.append((self._titles[label], len(dataset.examples), found, int(left_out)))
+            num_answers = len(dataset.examples) * dataset.examples.num_answers
+            overlaps.append((self._titles[label], num_answers, found, int(left_out)))
         return Report(
             facts=tuple(self._facts()),
             datasets=tuple(reports),
@@ -143,7 +144,8 @@ class _Inspection:
         return DatasetReport(
             title=title[0].upper() + title[1:],
             name=dataset.name,
-            num_pairs=len(examples),
+            num_rows=len(examples),
+            unit=dataset.unit,
             shown=tuple(self._shown[title]),
             tables=tuple(table for table in tables if table is not None),
             dropped=tuple(dropped),
@@ -221,17 +223,18 @@ class _Inspection:
         for position in _find(examples, row_id):
             origin = int(np.searchsorted(examples.starts, position, side="right")) - 1
             name, table = examples.names[origin], examples.table
+            found = table.column("row_id")[position].as_py()
             if (reason := table.column("reason")[position].as_py()) is not None:
                 detail = table.column("detail")[position].as_py()
-                note = _note(Dropped(row_id, DropReason(reason), detail))
-                yield ShownRow(row_id, name, note, ())
+                note = _note(Dropped(found, DropReason(reason), detail))
+                yield ShownRow(found, name, note, ())
                 continue
             whole = read_row(table, position, name)
             result = truncate(whole, examples.limits)
             if isinstance(result, Dropped):
                 note = _note(result)
             elif position in self._pairs.shared.positions and examples is self._train_rows:
-                note = _note(Dropped(row_id, DropReason.PROMPT_HELD_OUT))
+                note = _note(Dropped(found, DropReason.PROMPT_HELD_OUT))
             else:
                 note = "Not trained on: the amount of its source in the mix leaves it out."
             yield show_row(self._decode, whole, None, examples.limits, note)
@@ -292,9 +295,13 @@ def _tables(examples: TokenRows) -> Iterator[tuple[pyarrow.Table, str]]:
 
 
 def _find(examples: TokenRows, row_id: str) -> list[int]:
-    """Where rows with an id stand in the table: two sources may have files of one name."""
-    equal = pyarrow.compute.equal(examples.table.column("row_id"), row_id)  # pyright: ignore
-    return np.flatnonzero(equal.to_numpy()).tolist()
+    """Where rows with an id stand in the table: two sources may have files of one name.
+
+    The id of a pair that was taken apart is that of both its answers.
+    """
+    ids = pyarrow.array([row_id, *(f"{row_id} ({role})" for role in ("chosen", "rejected"))])
+    found = pyarrow.compute.is_in(examples.table.column("row_id"), ids)  # pyright: ignore
+    return np.flatnonzero(found.to_numpy()).tolist()
 
 
 def _note(dropped: Dropped) -> str:

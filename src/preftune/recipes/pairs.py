@@ -75,7 +75,7 @@ def read_experiment_pairs(
         train, test = split_by_prompt(train, config.test_size, config.seed)
         held_out = {"": test}
         display.say(
-            f"split by prompt: {len(train.examples)} pairs to train on, "
+            f"split by prompt: {len(train.examples)} {train.unit} to train on, "
             f"{len(test.examples)} held out"
         )
     else:
@@ -84,7 +84,8 @@ def read_experiment_pairs(
         train = without_prompts_of(train, others)
         if shared:
             display.say(
-                f"{len(shared)} pairs are left out of training: eval_dataset has their prompts too"
+                f"{len(shared)} {train.unit} are left out of training: eval_dataset has their "
+                "prompts too"
             )
     return Pairs(train, held_out, shared)
 
@@ -134,6 +135,7 @@ def _load_all(
             context=context,
             max_rows=config.max_train_samples,
             seed=config.seed,
+            unpaired=config.unpaired,
         )
     for label, name in config.eval_sources.items():
         with findings:
@@ -144,6 +146,7 @@ def _load_all(
                 [(name, None)],
                 config.eval_split or "test",
                 context=context,
+                unpaired=config.unpaired,
             )
     findings.raise_all()
     assert train is not None  # or there was a finding
@@ -160,6 +163,7 @@ def load_dataset_pairs(
     context: int | None,
     max_rows: int | None = None,
     seed: int = 0,
+    unpaired: bool = False,
 ) -> PairDataset:
     """Read, check and tokenise one dataset, or a mix of several, and say what was kept."""
     for name, _ in sources:
@@ -187,6 +191,7 @@ def load_dataset_pairs(
             hub=HubCache() if config.dataset_cache_mode == "hub" else None,
             num_proc=config.num_proc or 1,
             progress=counting(update),
+            unpaired=unpaired,
         )
     display.say(describe_counts(dataset))
     return dataset
@@ -227,15 +232,16 @@ def over_budget(config: TrainingConfig, dataset: PairDataset) -> list[str]:
         return []
     number = int((tokens > budget).sum())
     return [
-        f"{number} pairs of {dataset.name} have more than max_tokens_per_microbatch ({budget}) "
-        f"tokens, the longest {tokens.max()}: each is trained alone, in more memory"
+        f"{number} {dataset.unit} of {dataset.name} have more than max_tokens_per_microbatch "
+        f"({budget}) tokens, the longest {tokens.max()}: each is trained alone, in more memory"
     ]
 
 
 def describe_counts(dataset: PairDataset) -> str:
     """Rows read, kept, and dropped by reason: a line, and one more for each source of a mix."""
     counts = dataset.counts
-    lines = [_describe_source(source) for source in dataset.sources if source.amount is not None]
+    drawn = [source for source in dataset.sources if source.amount is not None]
+    lines = [_describe_source(source, dataset.unit) for source in drawn]
     text = f"{dataset.name}: {counts.read} rows read, {counts.kept} kept"
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
     if dropped:
@@ -245,14 +251,12 @@ def describe_counts(dataset: PairDataset) -> str:
         text += f", {counts.truncated} truncated"
     if dataset.num_text_rows:
         text += f"; {dataset.num_text_rows} are plain text, without a chat template"
-    if dataset.unread_columns:
-        text += f"; columns not read yet: {', '.join(dataset.unread_columns)}"
     if dataset.reused:
         text += "; tokens from the cache"
     return "\n".join([text, *lines])
 
 
-def _describe_source(source: SourceCounts) -> str:
+def _describe_source(source: SourceCounts, unit: str) -> str:
     usable = source.counts.kept + source.counts.not_drawn
     if isinstance(source.amount, int):
         rows = "row" if source.amount == 1 else "rows"
@@ -263,4 +267,4 @@ def _describe_source(source: SourceCounts) -> str:
         asked = f"{source.amount} of the rows"
         if source.amount == 1:
             asked += ", all of them (a single row would be 1)"
-    return f"  {source.name}: {source.num_drawn} of {usable} pairs: {asked}"
+    return f"  {source.name}: {source.num_drawn} of {usable} {unit}: {asked}"

@@ -1,6 +1,7 @@
 """Raw rows -> examples: every layout, and what is wrong with rows that have none."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -198,7 +199,12 @@ def test_answers_that_only_look_like_the_prompt_are_kept(raw: dict[str, Any]) ->
 
 
 def test_formats_are_all_reachable() -> None:
-    assert {f.value for f in RowFormat} == {"prompt_pair", "conversations", "transcripts"}
+    assert {f.value for f in RowFormat} == {
+        "prompt_pair",
+        "conversations",
+        "transcripts",
+        "unpaired",
+    }
 
 
 def test_source_is_the_dataset_unless_the_row_names_one() -> None:
@@ -220,12 +226,54 @@ def test_column_map_to_an_absent_column() -> None:
     assert "columns: q, chosen, rejected" in text
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    ],
+    ids=["text", "conversations", "transcripts", "messages"],
+)
+def test_weight_and_margin_are_read_in_every_layout(raw: dict[str, Any]) -> None:
+    example = parse(raw)
+    assert (example.weight, example.margin) == (1.0, None)
+    example = parse(raw | {"weight": None, "margin": None})
+    assert (example.weight, example.margin) == (1.0, None)
+    example = parse(raw | {"weight": 0, "margin": -2})
+    assert (example.weight, example.margin) == (0.0, -2.0)
+    assert isinstance(example.weight, float)
+    assert isinstance(example.margin, float)
+    example = parse(raw | {"w": 2.5, "by": 0}, weight="w", margin="by")
+    assert (example.weight, example.margin) == (2.5, 0.0)
+
+
 @pytest.mark.parametrize("name", ["weight", "margin"])
-def test_columns_not_read_yet_cannot_be_mapped(name: str) -> None:
-    with pytest.raises(DataError, match=f"'{name}' is not read yet"):
-        check_column_map({name: "w"})
-    # Present but not asked for: left alone.
-    parse({"prompt": "q", "chosen": "a", "rejected": "b", name: 2.0})
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("2", "is text ('2'"),
+        (True, "is a boolean (True"),
+        (math.nan, "is a number (nan"),
+        (math.inf, "is a number (inf"),
+        (-math.inf, "is a number (-inf"),
+        (10**400, "is a number (1000"),
+        ([1.0], "is a list ([1.0]"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(name: str, value: Any, says: str) -> None:
+    text = refuse({"prompt": "q", "chosen": "a", "rejected": "b", name: value})
+    assert f"column '{name}' {says}" in text
+    assert "write a finite number" in text
+
+
+def test_a_weight_below_0_is_refused_and_a_margin_is_not() -> None:
+    raw = {"prompt": "q", "chosen": "a", "rejected": "b", "w": -0.5, "margin": -0.5}
+    assert parse(raw).margin == -0.5
+    text = refuse(raw, weight="w")
+    assert "column 'w' is a number (-0.5)" in text
+    assert "of 0 or more (a row of weight 0 trains nothing)" in text
 
 
 def test_unknown_key_in_column_map_suggests_the_nearest() -> None:

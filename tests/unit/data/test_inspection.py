@@ -1,5 +1,6 @@
 """What `preftune data inspect` counts and shows, against numbers worked by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,16 @@ def test_length_bias() -> None:
 
 
 def test_shared_prompts() -> None:
-    found = shared_prompts(u64(7, 8, 7, 7, 9, 8), np.array([10, 4, 10, 10, 3, 4]))
+    found = shared_prompts(u64(7, 8, 7, 7, 9, 8), np.array([10, 4, 10, 10, 3, 4]), 2)
     assert found == SharedPrompts(
         num_prompts=3,
-        most_pairs=3,
+        most_rows=3,
         num_sharing=5,
         tokens_per_answer=82,
-        tokens_per_pair=41,
+        tokens_per_row=41,
         tokens_per_prompt=17,
     )
+    assert shared_prompts(u64(7, 7), np.array([3, 3]), 1).tokens_per_answer == 6
 
 
 def test_duplicates_and_pairs_in_both_orders() -> None:
@@ -87,14 +89,24 @@ def test_duplicates_and_pairs_in_both_orders() -> None:
     prompts = u64(7, 7, 7, 8, 8, 7)
     # 7: a > b thrice, b > a once; 8: a > b and c > b. The same answers to other prompts are others.
     answers = np.array([[1, 2], [2, 1], [1, 2], [1, 2], [3, 2], [1, 2]], dtype=np.uint64)
-    found = duplicates(content, prompts, answers)
+    found = duplicates(content, prompts, answers, np.ones(6, dtype=bool))
     assert (found.repeats.tolist(), found.originals.tolist()) == ([2, 5], [0, 0])
     assert (found.num_swapped, found.num_swapped_prompts, found.num_answers) == (4, 1, 5)
 
 
 def test_both_orders_on_different_prompts_do_not_contradict() -> None:
     answers = np.array([[1, 2], [2, 1]], dtype=np.uint64)
-    assert duplicates(u64(1, 2), u64(7, 8), answers).num_swapped == 0
+    is_chosen = np.ones(2, dtype=bool)
+    assert duplicates(u64(1, 2), u64(7, 8), answers, is_chosen).num_swapped == 0
+
+
+def test_lone_answers_contradict_under_both_labels_of_one_prompt() -> None:
+    prompts, answers = u64(7, 7, 7, 8, 8, 9), u64(1, 1, 2, 1, 1, 1)[:, None]
+    is_chosen = np.array([True, False, True, True, True, False])
+    # Answer 1 to prompt 7 is both; to prompt 8 it is chosen twice; to prompt 9 only rejected.
+    found = duplicates(u64(1, 2, 3, 4, 4, 6), prompts, answers, is_chosen)
+    assert (found.num_swapped, found.num_swapped_prompts, found.num_answers) == (2, 1, 4)
+    assert (found.repeats.tolist(), found.originals.tolist()) == ([4], [3])
 
 
 def test_overlap_of_prompts_and_answers() -> None:
@@ -161,6 +173,37 @@ def test_the_cost_of_truncation_is_what_truncation_does(
     assert (cost.answer_tokens, cost.prompt_tokens) == tokens(rows)
     left = cost.answer_tokens - cost.answer_tokens_lost
     assert (left, cost.prompt_tokens - cost.prompt_tokens_lost) == tokens(kept)
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 8), ANSWER), min_size=1, max_size=5),
+    max_length=st.integers(2, 16),
+    truncation=st.sampled_from(["drop", "keep_start", "keep_end"]),
+)
+def test_the_cost_of_truncation_of_rows_of_one_answer(
+    parts: Any, max_length: int, truncation: Any
+) -> None:
+    limits = Limits(max_length, None, truncation)
+    rows = [
+        TokenizedExample("f:1", (9,) * n, (Completion(tuple(a), m),), ("rejected",), "s", n)
+        for n, (a, m) in parts
+    ]
+    cost = truncation_cost(read_answers(PairDataset.of("d", rows).examples.table), limits)
+    kept = [r for row in rows if isinstance(r := truncate(row, limits), TokenizedExample)]
+    assert cost.num_dropped == len(rows) - len(kept)
+    left = cost.answer_tokens - cost.answer_tokens_lost
+    assert left == sum(len(c.ids) for e in kept for c in e.completions)
+
+
+def test_weight_and_margin_are_shown_where_a_row_has_them() -> None:
+    def note(said: str, **columns: float) -> str:
+        whole = replace(row([1], [2], [3]), **columns)
+        return show_row(lambda ids: "x" * len(ids), whole, whole, NO_LIMITS, said).note
+
+    assert note("") == ""
+    assert note("", weight=1.0) == ""
+    assert note("", weight=0.0) == "weight 0"
+    assert note("Cut.", weight=2.5, margin=0.0) == "Cut. weight 2.5, margin 0"
 
 
 def test_shares_are_not_rounded_to_all_or_nothing() -> None:
@@ -233,7 +276,7 @@ def test_nothing_in_the_data_can_steer_a_terminal() -> None:
 def test_colours_take_the_place_of_brackets() -> None:
     whole = row([1, 2], [3, 4], [5])
     shown = show_row(lambda ids: "x" * len(ids), whole, whole, NO_LIMITS, "")
-    dataset = DatasetReport("Training", "d", 1, (shown,), (), ())
+    dataset = DatasetReport("Training", "d", 1, "pairs", (shown,), (), ())
     report = Report((("model", "m"),), (dataset,), None, (), is_whole=False)
     plain, coloured = (report_text(report, colours=colours) for colours in (False, True))
     assert "    ⟦x¦x⟧\n" in plain.plain
@@ -245,7 +288,7 @@ def test_colours_take_the_place_of_brackets() -> None:
 def test_a_terminal_shows_the_ends_of_long_texts_unless_asked() -> None:
     whole = row(list(range(1, 401)), [500], [501])
     shown = show_row(lambda ids: "x" * len(ids), whole, whole, NO_LIMITS, "")
-    dataset = DatasetReport("Training", "d", 1, (shown,), (), ())
+    dataset = DatasetReport("Training", "d", 1, "pairs", (shown,), (), ())
     short, long = (
         report_text(Report((("model", "m"),), (dataset,), None, (), is_whole), colours=False).plain
         for is_whole in (False, True)

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,14 @@ from preftune.data.pairs import (
     load_pairs,
 )
 from preftune.data.splits import split_by_prompt
-from preftune.data.table import content_key
+from preftune.data.table import (
+    TokenizedRow,
+    TokenRows,
+    apply_limits,
+    content_key,
+    make_table,
+)
+from preftune.data.truncate import Limits
 from preftune.errors import ConfigError, DataError
 from preftune.schema import Completion, TokenizedExample
 from tests.tiny import IM_END, chat_row, make_pairs, tiny_tokenizer, write_jsonl
@@ -160,7 +168,8 @@ def test_column_map(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"q": "q", "y": " a", "n": " b", "margin": 1}])
     mapping = {"prompt": "q", "chosen": "y", "rejected": "n"}
     assert load(path, column_map=mapping).counts.kept == 1
-    assert "'margin' is not read yet" in refuse(path, column_map=mapping | {"margin": "margin"})
+    assert load(path, column_map=mapping).examples.margins.tolist() == [1.0]
+    assert "which this row lacks" in refuse(path, column_map=mapping | {"margin": "by"})
     assert "did you mean 'chosen'?" in refuse(path, column_map={"chossen": "y"})
 
 
@@ -187,6 +196,42 @@ def test_limits_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         load(tmp_path / "absent.jsonl", max_length=1)
 
 
+def test_weights_and_margins_are_vectors_of_the_rows(tmp_path: Path) -> None:
+    rows = make_pairs(5)
+    rows[0] |= {"weight": 2}
+    rows[1] = chat_row("q", "same", "same", weight=7, margin=7)
+    rows[3] |= {"weight": 0.0, "margin": -1.5}
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    examples = load(path, max_dropped_fraction=1.0).examples
+    assert examples.weights.dtype == examples.margins.dtype == np.float64
+    assert examples.weights.tolist() == [2, 1, 0, 1]
+    np.testing.assert_array_equal(examples.margins, [np.nan, np.nan, -1.5, np.nan])
+    assert [(e.weight, e.margin) for e in examples] == [(2, None), (1, None), (0, -1.5), (1, None)]
+    assert examples.take(np.array([2, 2, 0])).weights.tolist() == [0, 0, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=6),
+    masked=st.sets(st.integers(0, 5)),
+    max_length=st.none() | st.integers(3, 12),
+)
+def test_scored_tokens_are_counted_as_in_the_rows(
+    lengths: list[tuple[int, int]], masked: set[int], max_length: int | None
+) -> None:
+    rows = []
+    for index, (prompt, answer) in enumerate(lengths):
+        mask = tuple(i % 3 != 1 for i in range(answer)) if index in masked else None
+        sides = (Completion(tuple(range(answer)), mask), Completion((99, index)))
+        roles = ("chosen", "rejected")
+        rows.append(TokenizedExample(f"f:{index}", (1,) * prompt, sides, roles, "s", index))
+    table = make_table([TokenizedRow(row) for row in rows], "s")
+    limits = Limits(max_length, None, "keep_start")
+    examples = TokenRows([table], ["s"], [apply_limits(table, "s", limits)[0]], limits)
+    counted = [[answer.num_scored for answer in row.completions] for row in examples]
+    assert examples.num_scored.tolist() == counted
+
+
 class TestFingerprint:
     def test_same_rows_same_fingerprint_wherever_they_lie(self, tmp_path: Path) -> None:
         rows = make_pairs(4)
@@ -211,6 +256,26 @@ class TestFingerprint:
             for i, v in enumerate(variants)
         }
         assert len(seen) == len(variants)
+
+    def test_weights_and_margins_tell_and_where_there_are_none_nothing_changes(
+        self, tmp_path: Path
+    ) -> None:
+        rows = make_pairs(3)
+        variants = [
+            rows,
+            [rows[0] | {"weight": 0.5}, *rows[1:]],
+            [rows[0], rows[1] | {"weight": 0.5}, rows[2]],
+            [rows[0] | {"margin": 0.5}, *rows[1:]],
+            [rows[0] | {"margin": 0.0}, *rows[1:]],
+            [rows[0] | {"margin": 0.5, "weight": 0.5}, *rows[1:]],
+        ]
+        same = [row | {"weight": 1, "margin": None} for row in rows]
+        prints = [
+            load(write_jsonl(tmp_path / f"{i}.jsonl", v)).examples.fingerprint()
+            for i, v in enumerate([*variants, same])
+        ]
+        assert len(set(prints)) == len(variants)
+        assert prints[-1] == prints[0]
 
     def test_where_the_prompt_ends_tells(self) -> None:
         def row(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenizedExample:

@@ -137,6 +137,33 @@ class TestBuiltin:
         }
         assert apply({"chosen": ["no message"]}, "drop_system") == {"chosen": ["no message"]}
 
+    def test_rows_of_one_answer(self) -> None:
+        row = {"prompt": "Hi", "completion": " a ", "label": True}
+        assert apply(row, "text_to_messages") == {
+            "prompt": [user("Hi")],
+            "completion": [assistant(" a ")],
+            "label": True,
+        }
+        assert apply(row, "strip_answers")["completion"] == " a"
+        assert apply(row, "swap_sides") == row | {"label": False}
+        assert apply(row, "swap_sides", "swap_sides") == row
+        pair = {"prompt": "Hi", "chosen": "a", "rejected": "b", "label": True}
+        assert apply(pair, "swap_sides")["label"] is True
+        unread = row | {"label": "good"}
+        with pytest.raises(DataError, match="swap_sides"):
+            apply(unread, "swap_sides")
+        messages = {"prompt": [system("s"), user("q")], "completion": [system("s"), assistant("a")]}
+        assert apply(messages, "drop_system") == {
+            "prompt": [user("q")],
+            "completion": [assistant("a")],
+        }
+        hh = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " a", "label": 0}
+        assert apply(hh, "transcripts_to_messages") == {
+            "prompt": [user("Hi")],
+            "completion": [assistant("a")],
+            "label": 0,
+        }
+
     def test_strip_answers(self) -> None:
         row = {
             "prompt": [user(" Hi ")],

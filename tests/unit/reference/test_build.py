@@ -1,13 +1,17 @@
 """The store: what is reused, what is computed, and what happens after a kill or damage."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from preftune.batching.layout import Layout
+from preftune.batching.layout import Layout, build_layout
+from preftune.data.pairs import PairDataset
 from preftune.errors import CacheError
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import PolicyModel, pair_logps
+from preftune.model.layout_choice import choose_layout
 from preftune.reference import build, fingerprints
 from preftune.reference.build import reference_logps
 from preftune.reference.fingerprints import completion_key, namespace_fields, namespace_key
@@ -55,12 +59,30 @@ def test_values_are_those_of_the_model(tmp_path, small_shards):
     examples = make_examples(9)
     values = compute(tmp_path, examples)
     policy = PolicyModel(tiny_model())
-    from preftune.batching.layout import build_layout
-
     with torch.no_grad():
         for row, example in zip(values.sums, examples, strict=True):
             alone = pair_logps(policy, build_layout([example], "separate")).sums
             assert torch.allclose(row, alone, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated", "separate"])
+def test_a_mismatched_answer_is_scored_once_behind_the_prompt_of_its_row(tmp_path, layout):
+    lone = [
+        replace(example, completions=example.completions[:1], roles=("rejected",))
+        for example in make_examples(6)
+    ]
+    own = PairDataset.of("d", lone).examples
+    rows = own.with_mismatched(0)
+    alone = compute(tmp_path, own)
+    both = compute(tmp_path, rows)
+    assert (alone.sums.shape, both.sums.shape) == ((6, 1), (6, 2))
+    assert (both.num_computed, both.num_reused) == (6, 6)
+    assert torch.equal(both.sums[:, :1], alone.sums)
+    policy = PolicyModel(tiny_model())
+    assert choose_layout(policy, layout, "auto", longest=100).name == layout
+    with torch.no_grad():
+        together = pair_logps(policy, build_layout(list(rows), layout)).sums.view(6, 2)
+    assert torch.allclose(both.sums, together, atol=1e-4, rtol=1e-6)
 
 
 def test_a_second_pass_computes_nothing(tmp_path, small_shards):

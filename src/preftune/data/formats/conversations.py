@@ -22,11 +22,5 @@ def read_conversations(row: Row) -> Example:
             "write both in one form, or add a 'prompt' column",
         )
     prompt = common_prefix(chosen, rejected)
-    return Example(
-        row_id=row.row_id,
-        prompt=prompt,
-        completions=(chosen[len(prompt) :], rejected[len(prompt) :]),
-        roles=("chosen", "rejected"),
-        source=row.source(),
-        tools=row.tools(),
-    )
+    answers = (chosen[len(prompt) :], rejected[len(prompt) :])
+    return row.example(prompt, answers, ("chosen", "rejected"), row.tools())

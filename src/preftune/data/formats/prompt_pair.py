@@ -1,16 +1,26 @@
 """`{prompt, chosen, rejected}`: a prompt and two answers, as text or as messages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from preftune.data.formats.row import Row
 from preftune.data.reasons import Dropped, DropReason
-from preftune.schema import Example, Message, Text
+from preftune.schema import Example, Message, Role, Text
 
 
 def read_prompt_pair(row: Row) -> Example | Dropped:
+    """Read a row of a prompt and two answers; see `read_with_prompt`.
+
+    Raises:
+        DataError: a column is missing or of the wrong type, or text stands beside messages.
+    """
+    return read_with_prompt(row, {"chosen": "chosen", "rejected": "rejected"})
+
+
+def read_with_prompt(row: Row, answer_columns: Mapping[str, Role]) -> Example | Dropped:
     """Read a row that has a prompt column.
 
-    A prompt and answers that are all text stay text; answers of text that both repeat the prompt
+    A prompt and answers that are all text stay text; answers of text that all repeat the prompt
     would train on a doubled one. Where an answer is messages, a text prompt is the user's message
     and a text answer the assistant's. Answers that repeat the prompt's messages
     (ultrafeedback_binarized's layout) are taken without the repeat.
@@ -19,52 +29,47 @@ def read_prompt_pair(row: Row) -> Example | Dropped:
         `{"prompt": "Hi", "chosen": [user "Hi", assistant "Hello"], "rejected": [...]}` gives the
         prompt `[user "Hi"]` and the answers `[assistant "Hello"]`, `[...]`.
 
+    Args:
+        row: the row.
+        answer_columns: our names of the columns that hold its answers -> what the answers are.
+
     Raises:
         DataError: a column is missing or of the wrong type, or an answer is text where the prompt
             is messages, so that nothing says whether the answer holds a header.
     """
-    prompt, chosen, rejected = row.text("prompt"), row.text("chosen"), row.text("rejected")
-    tools = row.tools()
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+    prompt, texts = row.text("prompt"), {name: row.text(name) for name in answer_columns}
+    tools, roles = row.tools(), tuple(answer_columns.values())
+    plain = [text for text in texts.values() if isinstance(text, str)]
+    if isinstance(prompt, str) and len(plain) == len(texts):
         if tools:
             raise row.error(
                 "column 'tools' has tools, but the row is plain text and no chat template is "
                 "applied to it",
                 "write the prompt as messages, or remove the tools",
             )
-        if prompt.strip() and all(_goes_on(text, prompt) for text in (chosen, rejected)):
+        if prompt.strip() and all(_goes_on(text, prompt) for text in plain):
             return Dropped(row.row_id, DropReason.PROMPT_REPEATED)
-        return Example(
-            row_id=row.row_id,
-            prompt=prompt,
-            completions=(chosen, rejected),
-            roles=("chosen", "rejected"),
-            source=row.source(),
-        )
-    if not isinstance(prompt, str) and (isinstance(chosen, str) or isinstance(rejected, str)):
-        name = "chosen" if isinstance(chosen, str) else "rejected"
+        return row.example(prompt, tuple(plain), roles)
+    if not isinstance(prompt, str) and plain:
+        name = next(name for name, text in texts.items() if isinstance(text, str))
         raise row.error(
             f"'prompt' is messages and {name!r} is text",
             'write answers to messages as messages: [{"role": "assistant", "content": …}]',
         )
-    answers = (_as_messages(chosen, "assistant"), _as_messages(rejected, "assistant"))
+    answers = tuple(_as_messages(text, "assistant") for text in texts.values())
     messages = _prompt_messages(prompt, answers)
-    return Example(
-        row_id=row.row_id,
-        prompt=messages,
-        completions=tuple(_without_repeat(messages, answer) for answer in answers),
-        roles=("chosen", "rejected"),
-        source=row.source(),
-        tools=tools,
-    )
+    without = tuple(_without_repeat(messages, answer) for answer in answers)
+    return row.example(messages, without, roles, tools)
 
 
-def common_prefix(a: list[Any], b: list[Any]) -> list[Any]:
-    """The messages that both lists begin with."""
+def common_prefix(first: list[Any], *others: list[Any]) -> list[Any]:
+    """The messages that all lists begin with."""
     length = 0
-    while length < min(len(a), len(b)) and a[length] == b[length]:
+    while length < len(first) and all(
+        length < len(other) and first[length] == other[length] for other in others
+    ):
         length += 1
-    return a[:length]
+    return first[:length]
 
 
 def _goes_on(text: str, prompt: str) -> bool:

@@ -2,15 +2,26 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from preftune.errors import DataError
-from preftune.schema import Message, Text
+from preftune.schema import Example, Message, Role, Text
 
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "source")
-NOT_READ_YET = ("weight", "margin")
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "label",
+    "weight",
+    "margin",
+    "tools",
+    "source",
+)
+_LARGEST = sys.float_info.max
 
 
 def check_column_map(column_map: Mapping[str, str]) -> None:
@@ -20,11 +31,6 @@ def check_column_map(column_map: Mapping[str, str]) -> None:
         DataError: a key is not one of `COLUMNS`.
     """
     for key in column_map:
-        if key in NOT_READ_YET:
-            raise DataError(
-                f"column_map: {key!r} is not read yet, so mapping it to {column_map[key]!r} would "
-                f"have no effect; remove it from column_map"
-            )
         if key not in COLUMNS:
             near = difflib.get_close_matches(key, COLUMNS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -63,13 +69,7 @@ class Row:
         Raises:
             DataError: absent, null, of another type, or messages without a role or content.
         """
-        if not self.has(name):
-            column = self._column(name)
-            state = "is null" if column in self.values else "is missing"
-            raise self.error(
-                f"column {column!r} {state}", _rename_hint(name, column not in self.values)
-            )
-        value = self.values[self._column(name)]
+        value = self._given(name)
         if isinstance(value, str):
             return self._encodable(name, value)
         if isinstance(value, list):
@@ -121,11 +121,78 @@ class Row:
             )
         return value or None
 
+    def label(self) -> bool:
+        """Read whether an answer is one to learn.
+
+        Raises:
+            DataError: absent, null, or neither a boolean nor 0 or 1.
+        """
+        value = self._given("label")
+        if isinstance(value, bool | int) and value in (0, 1):
+            return bool(value)
+        raise self.error(
+            f"column {self._column('label')!r} is {_kind(value)} ({_short(value)})",
+            "write true for an answer to be learnt and false for one to be avoided, without "
+            "quotes (a .csv file holds only text: use .jsonl or .parquet)",
+        )
+
+    def example(
+        self,
+        prompt: Text,
+        completions: tuple[Text, ...],
+        roles: tuple[Role, ...],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Example:
+        """The row as an example, with its source, weight and margin.
+
+        Raises:
+            DataError: source, weight or margin is of the wrong type.
+        """
+        weight = self._number("weight", 0.0, "of 0 or more (a row of weight 0 trains nothing)")
+        return Example(
+            row_id=self.row_id,
+            prompt=prompt,
+            completions=completions,
+            roles=roles,
+            source=self.source(),
+            tools=tools,
+            weight=1.0 if weight is None else weight,
+            margin=self._number("margin", -_LARGEST, "in units of reward"),
+        )
+
     def error(self, problem: str, remedy: str) -> DataError:
         """Make the error for this row: where, what, the columns that exist, what to do."""
         columns = ", ".join(str(c) for c in self.values) or "none"
         return DataError(
             f"{self.row_id} of dataset {self.dataset}: {problem} (columns: {columns}); {remedy}"
+        )
+
+    def _number(self, name: str, least: float, what: str) -> float | None:
+        """Read a finite number of at least `least`; None where it is absent or null."""
+        if not self.has(name):
+            return None
+        value = self.values[self._column(name)]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and least <= value <= _LARGEST:  # false for nan
+            return float(value)
+        raise self.error(
+            f"column {self._column(name)!r} is {_kind(value)} ({_short(value)})",
+            f"write a finite number {what}, without quotes, or leave the column out (a .csv file "
+            "holds only text: use .jsonl or .parquet)",
+        )
+
+    def _given(self, name: str) -> Any:
+        """The value of a column that must have one.
+
+        Raises:
+            DataError: absent or null.
+        """
+        column = self._column(name)
+        if self.has(name):
+            return self.values[column]
+        state = "is null" if column in self.values else "is missing"
+        raise self.error(
+            f"column {column!r} {state}", _rename_hint(name, column not in self.values)
         )
 
     def _column(self, name: str) -> str:

@@ -41,10 +41,4 @@ def read_transcripts(row: Row) -> Example | Dropped:
     if cut and any(HUMAN in answer for answer in answers):
         # The human's words would be trained on as the assistant's.
         return Dropped(row.row_id, DropReason.USER_TURN_IN_ANSWER)
-    return Example(
-        row_id=row.row_id,
-        prompt=chosen[:cut],
-        completions=answers,
-        roles=("chosen", "rejected"),
-        source=row.source(),
-    )
+    return row.example(chosen[:cut], answers, ("chosen", "rejected"))

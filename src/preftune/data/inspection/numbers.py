@@ -26,7 +26,7 @@ class Answers:
     """(rows, answers) Index of the first token that the loss reads."""
     first_difference: np.ndarray
     """(rows,) Index of the first token in which the first two answers differ; where one begins the
-    other, the length of the shorter."""
+    other, the length of the shorter. Of a lone answer 0, for it stays unlike any other."""
 
     def take(self, rows: np.ndarray) -> "Answers":
         """Those of some rows."""
@@ -38,11 +38,12 @@ def read_answers(table: pa.Table) -> Answers:
     """Look at every answer of a table once, a shard at a time.
 
     Args:
-        table: of `data.table.SCHEMA`, of rows with two answers.
+        table: of `data.table.SCHEMA`, of rows with one answer, or with two.
     """
     lengths = whole_lengths(table)
-    keys = np.zeros((len(table), 2), np.uint64)
-    first_scored = np.zeros((len(table), 2), np.int64)
+    num_answers = lengths.shape[1] - 1
+    keys = np.zeros((len(table), num_answers), np.uint64)
+    first_scored = np.zeros((len(table), num_answers), np.int64)
     first_difference = np.zeros(len(table), np.int64)
     start = 0
     for batch in table.select(["reason", "completions", "scored"]).to_batches():
@@ -51,9 +52,11 @@ def read_answers(table: pa.Table) -> Answers:
         answers = batch.column("completions").flatten()
         ids = answers.values.to_numpy(zero_copy_only=False)
         edges = answers.offsets.to_numpy().tolist()
-        keys[rows] = _keys(ids, edges).reshape(-1, 2)
-        first_difference[rows] = _first_differences(ids, edges)
-        first_scored[rows] = _first_scored(batch.column("scored").flatten()).reshape(-1, 2)
+        keys[rows] = _keys(ids, edges).reshape(-1, num_answers)
+        if num_answers == 2:
+            first_difference[rows] = _first_differences(ids, edges)
+        firsts = _first_scored(batch.column("scored").flatten())
+        first_scored[rows] = firsts.reshape(-1, num_answers)
     return Answers(lengths, keys, first_scored, first_difference)
 
 
@@ -125,27 +128,28 @@ def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> LengthBias:
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """How many pairs ask the same."""
+    """How many rows ask the same."""
 
     num_prompts: int
-    most_pairs: int
-    """Pairs on the commonest prompt."""
+    most_rows: int
+    """Rows on the commonest prompt."""
     num_sharing: int
-    """Pairs whose prompt another pair has too."""
+    """Rows whose prompt another row has too."""
     tokens_per_answer: int
     """Prompt tokens where every answer carries its prompt."""
-    tokens_per_pair: int
-    """Prompt tokens where the two answers of a pair share theirs."""
+    tokens_per_row: int
+    """Prompt tokens where the answers of a row share theirs."""
     tokens_per_prompt: int
     """Prompt tokens where every prompt stands once."""
 
 
-def shared_prompts(keys: np.ndarray, lengths: np.ndarray) -> SharedPrompts:
+def shared_prompts(keys: np.ndarray, lengths: np.ndarray, num_answers: int) -> SharedPrompts:
     """Count prompts and what sharing them saves.
 
     Args:
         keys: (rows,) of prompts.
         lengths: (rows,) tokens of prompts.
+        num_answers: of each row.
     """
     _, index, counts = np.unique(keys, return_inverse=True, return_counts=True)
     longest = np.zeros(len(counts), np.int64)
@@ -153,52 +157,58 @@ def shared_prompts(keys: np.ndarray, lengths: np.ndarray) -> SharedPrompts:
     total = int(lengths.sum())
     return SharedPrompts(
         num_prompts=len(counts),
-        most_pairs=int(counts.max()),
+        most_rows=int(counts.max()),
         num_sharing=int(counts[counts > 1].sum()),
-        tokens_per_answer=2 * total,
-        tokens_per_pair=total,
+        tokens_per_answer=num_answers * total,
+        tokens_per_row=total,
         tokens_per_prompt=int(longest.sum()),
     )
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pairs that say nothing new, or the opposite."""
+    """Rows that say nothing new, or the opposite."""
 
     repeats: np.ndarray
     """Rows equal to an earlier one in all tokens."""
     originals: np.ndarray
     """(repeats,) The earlier row that each repeats."""
     num_swapped_prompts: int
-    """Prompts with two answers that are paired in both orders: each once the better one."""
+    """Prompts with two answers that are paired in both orders, each once the better one; of rows
+    with one answer, prompts with an answer under both labels."""
     num_swapped: int
-    """Rows of such pairs."""
+    """Rows with such answers."""
     num_answers: int
-    """Distinct answers to a prompt; without any sharing there are two a row."""
+    """Distinct answers to a prompt; without any sharing there are as many as rows have."""
 
 
-def duplicates(content: np.ndarray, prompts: np.ndarray, answers: np.ndarray) -> Duplicates:
-    """Find equal rows and pairs in both orders.
+def duplicates(
+    content: np.ndarray, prompts: np.ndarray, answers: np.ndarray, is_chosen: np.ndarray
+) -> Duplicates:
+    """Find equal rows and those that contradict each other.
 
     Args:
         content: (rows,) keys of whole rows.
         prompts: (rows,) keys of prompts.
-        answers: (rows, 2) keys of answers.
+        answers: (rows, 1 or 2) keys of answers.
+        is_chosen: (rows,) whether the first answer is chosen: always so in pairs.
     """
     _, first, index = np.unique(content, return_index=True, return_inverse=True)
     originals = first[index]
     repeats = np.flatnonzero(originals != np.arange(len(content)))
-    chosen, rejected = answers[:, 0], answers[:, 1]
-    forward = _mixed(_mixed(prompts, chosen), rejected)
-    backward = _mixed(_mixed(prompts, rejected), chosen)
-    swapped = np.isin(forward, backward) & (chosen != rejected)
-    given = np.concatenate([_mixed(prompts, chosen), _mixed(prompts, rejected)])
+    given = [_mixed(prompts, answer) for answer in answers.T]
+    if len(given) == 2:
+        forward, backward = _mixed(given[0], answers[:, 1]), _mixed(given[1], answers[:, 0])
+        swapped = np.isin(forward, backward) & (answers[:, 0] != answers[:, 1])
+    else:
+        both = np.intersect1d(given[0][is_chosen], given[0][~is_chosen])
+        swapped = np.isin(given[0], both)
     return Duplicates(
         repeats=repeats,
         originals=originals[repeats],
         num_swapped_prompts=len(np.unique(prompts[swapped])),
         num_swapped=int(swapped.sum()),
-        num_answers=len(np.unique(given)),
+        num_answers=len(np.unique(np.concatenate(given))),
     )
 
 

@@ -1,18 +1,20 @@
 """Proofs counted over rows, which are read again from their source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from preftune.data.pairs import PairDataset
 from preftune.data.proofs import Proofs, Prover
+from preftune.data.reasons import Dropped
+from preftune.data.sources import Source
 from preftune.data.tokenized import Recipe
 from preftune.errors import DataError
 from preftune.schema import Example
 
 MEANING = {
-    "prefix": "the prompt's own tokens begin both sequences",
+    "prefix": "the prompt's own tokens begin every sequence",
     "bos": "the tokenizer's BOS, if any, stands once, at the start",
     "stop": "every assistant's turn ends with the stop token and holds it nowhere else",
     "round_trip": "tokens decode to the text that the template writes",
@@ -80,6 +82,20 @@ def count_proofs(
     return ProofCounts(done, len(dataset.examples), held, first)
 
 
+def _parsed_again(
+    source: Source, recipe: Recipe, wanted: Container[int]
+) -> Iterator[tuple[int, Example | Dropped | None]]:
+    """Number in the table, and text, of each row that is wanted; of the others None may stand."""
+    number = 0
+    for row_id, raw in source.rows():
+        # How many rows pairs become is not known before they are read.
+        rows: Sequence[Example | Dropped | None] = [None]
+        if recipe.unpaired or number in wanted:
+            rows = recipe.parse(row_id, raw, source.name)
+        yield from enumerate(rows, start=number)
+        number += len(rows)
+
+
 def _read_again(dataset: PairDataset, origin: int, rows: np.ndarray, recipe: Recipe):
     """Each of `rows`, all of one source, with its text, in the order of the source."""
     source, examples = dataset.opened[origin], dataset.examples
@@ -93,11 +109,10 @@ def _read_again(dataset: PairDataset, origin: int, rows: np.ndarray, recipe: Rec
     if not number_of:
         return
     last = max(number_of)
-    for number, (row_id, raw) in enumerate(source.rows()):
+    for number, example in _parsed_again(source, recipe, number_of):
         if number in number_of:
-            example = recipe.parse(row_id, raw, source.name)
             index = number_of.pop(number)
-            if not isinstance(example, Example) or examples.whole(index).row_id != row_id:
+            if not isinstance(example, Example) or examples.whole(index).row_id != example.row_id:
                 break
             yield index, example
         if number == last:

@@ -57,7 +57,9 @@ class DatasetReport:
     title: str
     """Training, or which held-out set."""
     name: str
-    num_pairs: int
+    num_rows: int
+    unit: str
+    """What its rows are: pairs, or rows."""
     shown: tuple[ShownRow, ...]
     tables: tuple[Table, ...]
     dropped: tuple[DroppedRow, ...]
@@ -103,11 +105,9 @@ def _count_note(dataset: PairDataset) -> str:
         )
     if dataset.copies is not None:
         notes.append(
-            f"With what the mix repeats, an epoch has {number(int(dataset.copies.sum()))} pairs; "
-            "below, each counts once."
+            f"With what the mix repeats, an epoch has {number(int(dataset.copies.sum()))} "
+            f"{dataset.unit}; below, each counts once."
         )
-    if dataset.unread_columns:
-        notes.append(f"Columns not read yet: {', '.join(dataset.unread_columns)}.")
     return " ".join(notes)
 
 
@@ -141,18 +141,21 @@ def proof_table(counts: ProofCounts) -> Table:
 def length_table(dataset: PairDataset) -> Table:
     """Quantiles of lengths as they are trained."""
     lengths = dataset.examples.lengths
-    parts = {
-        "prompt": lengths[:, 0],
-        "chosen": lengths[:, 1],
-        "rejected": lengths[:, 2],
-        "longest side": dataset.examples.longest_side,
-    }
+    parts = {"prompt": lengths[:, 0]}
+    if dataset.examples.num_answers == 1:
+        is_chosen = dataset.examples.roles == "chosen"
+        parts |= {"chosen": lengths[is_chosen, 1], "rejected": lengths[~is_chosen, 1]}
+        parts = {name: values for name, values in parts.items() if len(values)}
+        note = "Tokens, after any cut. Longest side: the prompt and its answer."
+    else:
+        parts |= {"chosen": lengths[:, 1], "rejected": lengths[:, 2]}
+        note = "Tokens, after any cut. Longest side: the prompt and the longer answer."
+    parts["longest side"] = dataset.examples.longest_side
     rows = [
         (name, *map(number, quantiles(values)), f"{values.mean():,.1f}")
         for name, values in parts.items()
     ]
     names = ("min", *(f"{percent}%" for percent in QUANTILES[1:-1]), "max", "mean")
-    note = "Tokens, after any cut. Longest side: the prompt and the longer answer."
     return Table("Lengths", ("", *names), tuple(rows), note)
 
 
@@ -176,8 +179,23 @@ def bias_table(bias: LengthBias) -> Table:
     return Table("Length bias", ("", "pairs", "share"), rows, note)
 
 
-def prompt_table(shared: SharedPrompts, num_pairs: int) -> Table:
-    """How many pairs ask the same, and what sharing saves."""
+def label_table(lengths: np.ndarray, is_chosen: np.ndarray) -> Table:
+    """How rows of one answer are labelled, and how long the answers are.
+
+    Args:
+        lengths: (rows,) tokens of the answers.
+        is_chosen: (rows,) their labels.
+    """
+    rows = []
+    for name, mask in (("chosen (label true)", is_chosen), ("rejected (label false)", ~is_chosen)):
+        mean = f"{lengths[mask].mean():,.1f}" if mask.any() else ""
+        rows.append((name, number(int(mask.sum())), share(int(mask.sum()), len(mask)), mean))
+    note = "Answers' tokens are counted after any cut."
+    return Table("Labels", ("", "rows", "share", "mean tokens"), tuple(rows), note)
+
+
+def prompt_table(shared: SharedPrompts, num_rows: int, unit: str) -> Table:
+    """How many rows ask the same, and what sharing saves."""
     every = shared.tokens_per_answer
 
     def tokens(number_of: int) -> str:
@@ -186,33 +204,37 @@ def prompt_table(shared: SharedPrompts, num_pairs: int) -> Table:
     rows = (
         ("distinct prompts", number(shared.num_prompts)),
         (
-            "pairs a prompt",
-            f"{num_pairs / shared.num_prompts:.2f} on average, {number(shared.most_pairs)} at most",
+            f"{unit} a prompt",
+            f"{num_rows / shared.num_prompts:.2f} on average, {number(shared.most_rows)} at most",
         ),
         (
-            "pairs on a shared prompt",
-            f"{number(shared.num_sharing)} ({share(shared.num_sharing, num_pairs)})",
+            f"{unit} on a shared prompt",
+            f"{number(shared.num_sharing)} ({share(shared.num_sharing, num_rows)})",
         ),
         ("prompt tokens, once an answer", tokens(every)),
-        ("… once a pair", tokens(shared.tokens_per_pair)),
+        (f"… once a {unit.removesuffix('s')}", tokens(shared.tokens_per_row)),
         ("… once a prompt", tokens(shared.tokens_per_prompt)),
     )
     return Table("Prompts", ("", ""), rows)
 
 
-def duplicate_table(found: Duplicates, ids: Sequence[tuple[str, str]]) -> Table:
-    """Pairs that say nothing new, or the opposite.
+def duplicate_table(found: Duplicates, ids: Sequence[tuple[str, str]], num_answers: int) -> Table:
+    """Rows that say nothing new, or the opposite.
 
     Args:
         found: the numbers.
         ids: of the first repeats, each with that of the row it repeats.
+        num_answers: of each row.
     """
+    opposite = "rows whose two answers are also paired the other way round"
+    if num_answers == 1:
+        opposite = "rows whose answer also has the other label"
     first = ", ".join(f"{repeat} = {original}" for repeat, original in ids)
     more = ", …" if len(found.repeats) > len(ids) else ""
     rows = (
         ("rows equal to an earlier one", number(len(found.repeats)), first + more),
         (
-            "rows whose two answers are also paired the other way round",
+            opposite,
             number(found.num_swapped),
             f"on {number(found.num_swapped_prompts)} prompts",
         ),
@@ -282,18 +304,24 @@ def number_tables(dataset: PairDataset, answers: Answers) -> list[Table]:
     examples = dataset.examples
     lengths = examples.lengths
     here = answers.take(examples.positions)
-    found = duplicates(examples.content_keys, examples.prompt_keys, here.keys)
+    is_chosen = examples.roles == "chosen"
+    found = duplicates(examples.content_keys, examples.prompt_keys, here.keys, is_chosen)
     ids = [
         (examples.row_id(int(repeat)), examples.row_id(int(original)))
         for repeat, original in zip(
             found.repeats[:_NUM_IDS], found.originals[:_NUM_IDS], strict=True
         )
     ]
+    if examples.num_answers == 1:
+        labels = label_table(lengths[:, 1], is_chosen)
+    else:
+        labels = bias_table(length_bias(lengths[:, 1], lengths[:, 2]))
+    prompts = shared_prompts(examples.prompt_keys, lengths[:, 0], examples.num_answers)
     return [
         length_table(dataset),
-        bias_table(length_bias(lengths[:, 1], lengths[:, 2])),
-        prompt_table(shared_prompts(examples.prompt_keys, lengths[:, 0]), len(examples)),
-        duplicate_table(found, ids),
+        labels,
+        prompt_table(prompts, len(examples), dataset.unit),
+        duplicate_table(found, ids, examples.num_answers),
     ]
 
 
@@ -301,17 +329,17 @@ def overlap_table(overlaps: Sequence[tuple[str, int, Overlap, int]]) -> Table:
     """What training has in common with each held-out set.
 
     Args:
-        overlaps: title of the set, its pairs, what is common, and the training rows that were left
-            out because the set has their prompts.
+        overlaps: title of the set, its answers, what is common, and the training rows that were
+            left out because the set has their prompts.
     """
     rows = tuple(
         (
             title,
             number(found.num_prompts),
             number(left_out),
-            f"{number(found.num_answers)} ({share(found.num_answers, 2 * pairs)})",
+            f"{number(found.num_answers)} ({share(found.num_answers, answers)})",
         )
-        for title, pairs, found, left_out in overlaps
+        for title, answers, found, left_out in overlaps
     )
     return Table(
         "Overlap with training",

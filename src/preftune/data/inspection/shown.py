@@ -76,7 +76,7 @@ def show_row(
         whole: the row before any cut.
         cut: the row as it is trained on; None where it is not.
         limits: that cut it.
-        note: what else is to be said of it.
+        note: what else is to be said of it, besides its weight and margin.
     """
     prompt = list(whole.prompt_ids)
     marks = _prompt_marks(len(prompt), 0 if cut is None else len(cut.prompt_ids), limits)
@@ -86,7 +86,10 @@ def show_row(
         ids = prompt + list(completion.ids)
         of_side = pieces(decode, ids, marks + _answer_marks(completion, left), len(prompt))
         sides.append(ShownSide(role, tuple(of_side)))
-    return ShownRow(whole.row_id, whole.source, note, tuple(sides))
+    notes = [] if whole.weight == 1 else [f"weight {whole.weight:g}"]
+    notes += [] if whole.margin is None else [f"margin {whole.margin:g}"]
+    said = ", ".join(notes)
+    return ShownRow(whole.row_id, whole.source, " ".join(filter(None, (note, said))), tuple(sides))
 
 
 def _prompt_marks(length: int, left: int, limits: Limits) -> list[Mark]:

@@ -44,7 +44,7 @@ def report_text(report: Report, *, colours: bool) -> Text:
 
 
 def _dataset_text(dataset: DatasetReport, is_whole: bool, colours: bool) -> Text:
-    title = f"{dataset.title}: {dataset.name} ({dataset.num_pairs:,} pairs)"
+    title = f"{dataset.title}: {dataset.name} ({dataset.num_rows:,} {dataset.unit})"
     text = Text()
     text.append(f"\n{visible(title)}\n", style="bold")
     text.append("═" * len(title) + "\n")

@@ -14,22 +14,22 @@ from preftune.schema import Message
 RawColumns: TypeAlias = dict[str, Any]
 Transform: TypeAlias = Callable[[RawColumns], RawColumns]
 
-_TEXTS = ("prompt", "chosen", "rejected")
-_ANSWERS = ("chosen", "rejected")
+_ANSWERS = ("chosen", "rejected", "completion")
 _ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 
 
 def text_to_messages(row: RawColumns) -> RawColumns:
     """Write a text prompt as the user's message and text answers as the assistant's.
 
-    Rows of which not all three are text are left alone: the reader knows what they mean.
+    Rows of which not all are text are left alone: the reader knows what they mean.
     """
-    if not all(isinstance(row.get(name), str) for name in _TEXTS):
+    names = _answers(row)
+    if not all(isinstance(row.get(name), str) for name in ("prompt", *names)):
         return row
     return {
         **row,
         "prompt": [{"role": "user", "content": row["prompt"]}],
-        **{name: [{"role": "assistant", "content": row[name]}] for name in _ANSWERS},
+        **{name: [{"role": "assistant", "content": row[name]}] for name in names},
     }
 
 
@@ -40,7 +40,7 @@ def transcripts_to_messages(row: RawColumns) -> RawColumns:
     conversation up to a last `\n\nAssistant:`. Blanks around each turn are removed.
     """
     prompt = row.get("prompt")
-    answers: dict[str, Any] = {name: row.get(name) for name in _ANSWERS}
+    answers: dict[str, Any] = {name: row.get(name) for name in _answers(row)}
     if not all(isinstance(answer, str) for answer in answers.values()):
         return row
     if prompt is None:
@@ -60,7 +60,12 @@ def transcripts_to_messages(row: RawColumns) -> RawColumns:
 
 
 def swap_sides(row: RawColumns) -> RawColumns:
-    """Exchange chosen and rejected, for data whose preference is the other way round."""
+    """Exchange chosen and rejected, for data whose preference is the other way round.
+
+    The label of a row with one answer is turned round.
+    """
+    if row.get("chosen") is None and isinstance(row.get("label"), bool | int):
+        return {**row, "label": not row["label"]}
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
 
 
@@ -68,7 +73,7 @@ def drop_system(row: RawColumns) -> RawColumns:
     """Remove system messages from prompt and answers."""
     return row | {
         name: [message for message in row[name] if _role(message) != "system"]
-        for name in _TEXTS
+        for name in ("prompt", *_ANSWERS)
         if isinstance(row.get(name), list)
     }
 
@@ -92,6 +97,12 @@ BUILTIN_TRANSFORMS: dict[str, Transform] = {
     )
 }
 """Name -> function; the first line of each docstring says what it does."""
+
+
+def _answers(row: RawColumns) -> tuple[str, ...]:
+    """The columns that hold a row's answers."""
+    alone = row.get("chosen") is None and row.get("completion") is not None
+    return ("completion",) if alone else ("chosen", "rejected")
 
 
 def _is_transcript(text: Any) -> TypeGuard[str]:
