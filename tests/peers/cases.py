@@ -23,7 +23,7 @@ class Case:
     a micro-batch: of one pair that is the mean over its tokens. `BATCH` where TRL's loss is one of
     its whole micro-batch: preftune's is one of the whole step's."""
     one_token_prompts: bool = False
-    """ORPO alone, whose TRL form also fine-tunes on the prompt: on every token but its first."""
+    """For ORPO, whose fine-tuning term counts the prompt's tokens in TRL, all but the first."""
 
     @property
     def their_losses(self) -> set[tuple[str, str]]:
@@ -37,36 +37,33 @@ class Case:
 BATCH = 4
 
 _SMOOTHED = {"label_smoothing": 0.1}
+_HALF = {"beta": 0.5}
+"""With the pairs' margins of about a nat: well off where the losses are straight lines."""
+
+
+def _same(loss: str, theirs: str | None = None, **options: Any) -> Case:
+    """A loss of `DPOTrainer` whose options have the same names and values in both tools."""
+    return Case(loss, {"loss_type": [theirs or loss], **options}, {"loss_type": loss, **options})
+
 
 _LOSSES = (
-    Case("dpo", {"loss_type": ["sigmoid"]}, {"loss_type": "dpo"}),
+    _same("dpo", "sigmoid", **_HALF),
+    _same("dpo_norm", "sigmoid_norm", beta=5.0),
     Case(
-        "dpo_norm",
-        {"loss_type": ["sigmoid_norm"], "beta": 5.0},
-        {"loss_type": "dpo_norm", "beta": 5.0},
+        "ipo",
+        {"loss_type": ["ipo"], **_HALF},
+        {"loss_type": "ipo", **_HALF},
+        {"ipo_log_ratios": "mean"},
     ),
-    Case("ipo", {"loss_type": ["ipo"]}, {"loss_type": "ipo"}, {"ipo_log_ratios": "mean"}),
-    Case("hinge", {"loss_type": ["hinge"], "beta": 0.05}, {"loss_type": "hinge", "beta": 0.05}),
-    Case("robust", {"loss_type": ["robust"], **_SMOOTHED}, {"loss_type": "robust", **_SMOOTHED}),
-    Case(
-        "exo_pair",
-        {"loss_type": ["exo_pair"], "beta": 0.5, "label_smoothing": 1e-3},
-        {"loss_type": "exo_pair", "beta": 0.5, "label_smoothing": 1e-3},
-    ),
-    Case("nca_pair", {"loss_type": ["nca_pair"]}, {"loss_type": "nca_pair", "beta": 0.1}),
-    Case("bco_pair", {"loss_type": ["bco_pair"]}, {"loss_type": "bco_pair", "beta": 0.1}),
-    Case(
-        "sppo_hard",
-        {"loss_type": ["sppo_hard"], "beta": 1e-3},
-        {"loss_type": "sppo_hard", "beta": 1e-3},
-    ),
-    Case("apo_zero", {"loss_type": ["apo_zero"]}, {"loss_type": "apo_zero"}),
-    Case("apo_down", {"loss_type": ["apo_down"]}, {"loss_type": "apo_down"}),
-    Case(
-        "discopop",
-        {"loss_type": ["discopop"], "beta": 0.05, "discopop_tau": 0.1},
-        {"loss_type": "discopop", "beta": 0.05, "discopop_tau": 0.1},
-    ),
+    _same("hinge", beta=1.0),
+    _same("robust", **_HALF, **_SMOOTHED),
+    _same("exo_pair", **_HALF, label_smoothing=1e-3),
+    _same("nca_pair", **_HALF),
+    _same("bco_pair", **_HALF),
+    _same("sppo_hard", beta=1e-3),
+    _same("apo_zero", **_HALF),
+    _same("apo_down", **_HALF),
+    _same("discopop", **_HALF, discopop_tau=0.1),
     Case("wpo", {"use_weighting": True}, {"loss_type": "wpo"}, {"wpo_cap": "none"}),
 )
 
