@@ -18,6 +18,7 @@ from preftune.losses import KNOBS, LOSS_SPECS, DPOLossType, Loss, PairLogps, mak
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TOKENS = 10
+MARGIN = 1.0  # what the data say of every pair, in units of reward, in the pictures
 REFERENCE_MEAN = -2.0  # nats a token, of both answers, in the pictures
 
 _INTRODUCTION = """\
@@ -48,7 +49,7 @@ def page() -> str:
 def _row(loss_type: DPOLossType) -> str:
     spec = LOSS_SPECS[loss_type]
     constant = "depends on the data"
-    if spec.needs_reference and not spec.reads_alignment:
+    if spec.needs_reference and not spec.reads_alignment and not spec.reads_margin:
         value = make_loss(loss_type).value_at_reference(_pairs(torch.zeros(1)))
         constant = f"{value:.6g}"
     reads = "yes" if spec.needs_reference else "no"
@@ -94,13 +95,15 @@ def _pairs(margins: torch.Tensor) -> PairLogps:
         ref_rejected=reference,
         chosen_alignment=weight,
         rejected_alignment=weight,
+        margin=torch.full_like(margins, MARGIN),
     )
 
 
 def curve(loss: Loss, margins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Value, and its slope in the margin, at each margin."""
     at = margins.clone().requires_grad_()
-    values = loss(_pairs(at)).values
+    # One batch a point: some losses compare the pairs of a batch.
+    values = torch.cat([loss(_pairs(margin[None])).values for margin in at])
     return values.detach(), torch.autograd.grad(values.sum(), at)[0]
 
 

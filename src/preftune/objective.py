@@ -4,14 +4,14 @@ The step divides by the count of the whole global batch, once. A mean taken here
 pairs of a short micro-batch more than others.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from preftune.batching.layout import Layout, PairLayout, build_layout
-from preftune.losses import Loss, PairLogps
+from preftune.losses import Loss, PairLogps, PairLoss
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.schema import TokenizedExample
 
@@ -42,12 +42,34 @@ class LaidOut:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Sums over the pairs of a micro-batch."""
+    """What a micro-batch adds to the step: a sum to differentiate, and metrics."""
 
     loss_sum: Tensor
-    count: int
-    sums: dict[str, Tensor]
-    """Metric name -> sum over the pairs, detached."""
+    """What is differentiated. Of a loss that sees the global batch it is the sum over all of it, of
+    which only this micro-batch's log-probs have a gradient."""
+    per_pair: dict[str, Tensor]
+    """Metric name -> one number for each pair of the micro-batch, detached."""
+    running: Tensor | None
+    """What the loss keeps for the next global batch (`Loss.next_running`)."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The log-probs of a whole batch, all ranks', and where a micro-batch stands in it."""
+
+    logps: PairLogps
+    """Without gradient."""
+    slots: Tensor
+    """Which rows of `logps` are this micro-batch's."""
+
+    def with_rows(self, logps: PairLogps) -> PairLogps:
+        """The log-probs of the batch, in which the micro-batch's rows are `logps`."""
+        own = rows_of(logps)
+        whole = {
+            name: values.index_put((self.slots,), own[name])
+            for name, values in rows_of(self.logps).items()
+        }
+        return replace(self.logps, **whole)
 
 
 @dataclass(frozen=True)
@@ -90,29 +112,81 @@ class PreferenceObjective:
         """Use `loss` for every micro-batch."""
         self.loss = loss
 
-    def __call__(self, model: nn.Module, micro_batch: MicroBatch) -> ObjectiveOutput:
-        """Sums of loss and metrics over the pairs of a micro-batch."""
+    def __call__(
+        self,
+        model: nn.Module,
+        micro_batch: MicroBatch,
+        *,
+        batch: GlobalBatch | None = None,
+        running: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """Loss and metrics of a micro-batch.
+
+        Args:
+            model: gives the log-probs.
+            micro_batch: which pairs.
+            batch: what a loss that sees the global batch compares them with; None if they are all.
+            running: what the loss kept of the global batch before.
+        """
+        return self.output(self.rows(model, micro_batch), batch=batch, running=running)
+
+    def output(
+        self,
+        logps: PairLogps,
+        *,
+        batch: GlobalBatch | None = None,
+        running: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """The same from log-probs that are there.
+
+        Args:
+            logps: of the pairs that count.
+            batch: as in `__call__`.
+            running: as in `__call__`.
+        """
+        seen = logps if batch is None else batch.with_rows(logps)
+        seen = replace(seen, running=running)
+        result = self.loss(seen)
+        values = result.values if seen.weight is None else result.values * seen.weight
+        per_pair = {"loss": values.detach()} | _metrics(seen, result)
+        if batch is not None:
+            per_pair = {name: of_all[batch.slots] for name, of_all in per_pair.items()}
+        return ObjectiveOutput(values.sum(), per_pair, self.loss.next_running(seen))
+
+    def rows(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
+        """The log-probs of the pairs that count.
+
+        Of a dummy there are none, but its graph is there, in which every rank must take part.
+        """
         logps = self.logps(model, micro_batch)
-        result = self.loss(logps)
-        per_pair = {
-            "rewards/chosen": result.chosen_rewards,
-            "rewards/rejected": result.rejected_rewards,
-            "rewards/margins": result.chosen_rewards - result.rejected_rewards,
-            "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).double(),
-            "logps/chosen": logps.chosen.detach(),
-            "logps/rejected": logps.rejected.detach(),
-        }
-        # The dummy of a rank without work: its value must not count, its graph must exist.
-        weight = 1.0 if micro_batch.num_pairs else 0.0
-        loss_sum = result.values.sum() * weight
-        sums = {"loss": loss_sum.detach()}
-        sums |= {name: values.sum() * weight for name, values in per_pair.items()}
-        return ObjectiveOutput(loss_sum, micro_batch.num_pairs, sums)
+        if micro_batch.num_pairs:
+            return logps
+        return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
 
     def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
-        """The log-probs that the loss reads."""
+        """The log-probs that the loss reads, a dummy's too."""
         sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
         return as_pairs(sequences, micro_batch.reference)
+
+
+def _metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:
+    """Metric name -> one number a pair, detached."""
+    chosen, rejected = logps.chosen.detach(), logps.rejected.detach()
+    per_pair = {
+        "rewards/chosen": result.chosen_rewards,
+        "rewards/rejected": result.rejected_rewards,
+        "rewards/margins": result.chosen_rewards - result.rejected_rewards,
+        "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).double(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+    if logps.ref_chosen is not None and logps.ref_rejected is not None:
+        per_pair |= {
+            "logratios/chosen": chosen - logps.ref_chosen,
+            "logratios/rejected": rejected - logps.ref_rejected,
+            "logratios/displaced": (chosen < logps.ref_chosen).double(),
+        }
+    return per_pair
 
 
 def as_pairs(sequences: SequenceLogps, reference: Tensor | None) -> PairLogps:
@@ -129,3 +203,32 @@ def as_pairs(sequences: SequenceLogps, reference: Tensor | None) -> PairLogps:
         chosen_alignment=None if alignment is None else alignment[:, 0],
         rejected_alignment=None if alignment is None else alignment[:, 1],
     )
+
+
+def rows_of(logps: PairLogps) -> dict[str, Tensor]:
+    """The tensors that have one entry a row, by name."""
+    return {k: v for k, v in vars(logps).items() if v is not None and k != "running"}
+
+
+def gathered(
+    parts: Sequence[PairLogps], slots: Tensor, num_rows: int, all_reduce: Callable[[Tensor], Tensor]
+) -> PairLogps:
+    """The rows of all ranks, on every rank.
+
+    Args:
+        parts: this rank's rows; at least one part, which may hold no row.
+        slots: (rows of all parts) where they stand among all rows.
+        num_rows: of all ranks.
+        all_reduce: sums a tensor over ranks.
+    """
+    fields = [rows_of(part) for part in parts]
+    # One number a row and field in fp64, which holds sums and counts exactly.
+    mine = [torch.stack([values.double() for values in rows.values()], dim=1) for rows in fields]
+    table = mine[0].new_zeros(num_rows, len(fields[0]))
+    table[slots] = torch.cat(mine)
+    columns = all_reduce(table).unbind(dim=1)
+    whole = {
+        name: column.to(values.dtype)
+        for (name, values), column in zip(fields[0].items(), columns, strict=True)
+    }
+    return replace(parts[0], **whole)

@@ -8,6 +8,7 @@ import pytest
 
 from preftune import train
 from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.tiny import make_pairs, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
@@ -48,10 +49,14 @@ def test_what_rank_0_decides_or_raises_holds_for_all():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("num_pairs", [21, 17])
-def test_two_ranks_equal_one(tmp_path, num_pairs):
+@pytest.mark.parametrize(
+    ("num_pairs", "loss_type"), [(21, "dpo"), (17, "dpo"), (17, "beta_dpo"), (21, "aot")]
+)
+def test_two_ranks_equal_one(tmp_path, num_pairs, loss_type):
     """21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""
     options = {"max_train_samples": num_pairs, "gradient_accumulation_steps": 1}
+    options |= {"loss_type": loss_type, "eval_steps": 2}
+    options |= {"eval_dataset": write_jsonl(tmp_path / "held_out.jsonl", make_pairs(5, seed=9))}
     one = {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}
     train(tiny_config(tmp_path, **options, **one))
     two = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}

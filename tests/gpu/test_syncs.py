@@ -32,7 +32,8 @@ def test_a_step_waits_for_nothing():
 
     def step() -> None:
         micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
-        train_step(state, micro_batches, objective, runtime, learning_rate=1e-4, max_grad_norm=1.0)
+        options = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
+        train_step(state, micro_batches, objective, runtime, num_pairs=8, **options)
 
     step()  # kernels load and buffers are made
     torch.cuda.set_sync_debug_mode("error")

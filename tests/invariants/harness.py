@@ -44,6 +44,7 @@ def short_training(
     loss_type: str = "dpo",
     num_pairs: int = 21,
     num_epochs: int = 2,
+    perturbation: float = 0.05,
     make_objective: Callable[..., PreferenceObjective] = PreferenceObjective,
     make_runtime: Callable[..., Runtime] = Runtime,
 ) -> Trace:
@@ -65,7 +66,7 @@ def short_training(
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += perturbation * torch.randn(parameter.shape, generator=generator)
     start = _flat(policy)
     config = TrainingConfig(
         optimizer=optimizer,  # type: ignore[arg-type]
@@ -87,6 +88,7 @@ def short_training(
             [batcher(share) for share in shares],
             objective,
             runtime,
+            num_pairs=len(sampler.batch(step)),
             learning_rate=learning_rate,
             max_grad_norm=None,
         )

@@ -57,11 +57,45 @@ def test_accumulation_changes_nothing_for_other_losses(loss_type):
     assert_same(whole, cut, "adamw")
 
 
+# Far enough from the reference for the batch to stand in another order (aot).
+FAR = 0.1
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "optimizer"),
+    # beta_dpo under large steps of SGD leaves any two runs apart: its beta follows the margins.
+    [("aot", "sgd"), ("aot", "adamw"), ("aot_unpaired", "sgd"), ("beta_dpo", "adamw")],
+)
+def test_losses_of_the_global_batch_see_all_of_it(loss_type, optimizer):
+    options = {"loss_type": loss_type, "perturbation": FAR}
+    whole, *others = (run(s, optimizer, **options) for s in ((8, 1), (2, 4), (1, 8), (3, 2)))
+    for cut in others[:2]:
+        assert_same(whole, cut, optimizer)
+    with pytest.raises(AssertionError):  # batches of 6: another batch, another loss
+        assert_same(whole, others[2], optimizer)
+
+
+class MicroBatchAlone(PreferenceObjective):
+    """Mutant: a loss of the global batch is shown one micro-batch at a time, as TRL does."""
+
+    def __call__(self, model, micro_batch, *, batch=None, running=None):
+        return super().__call__(model, micro_batch, running=running)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "beta_dpo"])
+def test_a_loss_that_sees_only_its_micro_batch_is_noticed(loss_type):
+    options = {"loss_type": loss_type, "perturbation": FAR}
+    whole = run((8, 1), "adamw", **options)
+    alone = run((2, 4), "adamw", make_objective=MicroBatchAlone, **options)
+    with pytest.raises(AssertionError):
+        assert_same(whole, alone, "adamw")
+
+
 class MeanOfMicroBatches(PreferenceObjective):
     """Mutant: every micro-batch counts the same, however few pairs it holds."""
 
-    def __call__(self, model, micro_batch):
-        output = super().__call__(model, micro_batch)
+    def __call__(self, model, micro_batch, **seen):
+        output = super().__call__(model, micro_batch, **seen)
         # The global batch has 4 micro-batches of 2, the last one of the short batch a single pair.
         scale = 2 / micro_batch.num_pairs
         return replace(output, loss_sum=output.loss_sum * scale)
@@ -70,8 +104,8 @@ class MeanOfMicroBatches(PreferenceObjective):
 class TokenWeighted(PreferenceObjective):
     """Mutant: a micro-batch counts by its tokens."""
 
-    def __call__(self, model, micro_batch):
-        output = super().__call__(model, micro_batch)
+    def __call__(self, model, micro_batch, **seen):
+        output = super().__call__(model, micro_batch, **seen)
         scale = micro_batch.layout.num_tokens / (200 * micro_batch.num_pairs)
         return replace(output, loss_sum=output.loss_sum * scale)
 

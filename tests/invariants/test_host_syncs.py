@@ -47,9 +47,11 @@ def syncs_of_a_run(root: Path, name: str, **settings) -> int:
         {},
         {"loss_type": "wpo"},
         {"loss_type": "simpo", "optimizer": "sgd"},
+        {"loss_type": "aot"},
+        {"loss_type": "beta_dpo"},
         {"max_tokens_per_microbatch": 96, "gradient_checkpointing": True},
     ],
-    ids=["dpo", "wpo", "simpo-sgd", "budget-checkpointing"],
+    ids=["dpo", "wpo", "simpo-sgd", "aot", "beta_dpo", "budget-checkpointing"],
 )
 def test_steps_that_do_not_log_wait_for_nothing(tmp_path, settings):
     settings = settings | {"num_epochs": None, "logging_steps": 100, "warmup_ratio": 0.0}

@@ -86,6 +86,22 @@ def test_a_stopped_run_goes_on_to_the_same_bits(straight, step):
     assert_same_run(straight / "run", target)
 
 
+def test_what_a_loss_keeps_between_batches_is_saved(tmp_path):
+    """beta_dpo's running mean; without it the run goes on to other numbers."""
+    options = {"loss_type": "beta_dpo", "logging_steps": 1}
+    train(settings(tmp_path, **options))
+    for name, runs_alike in (("kept", True), ("lost", False)):
+        target = tmp_path / name
+        stop_after(tmp_path, 4, target)
+        state = target / "checkpoints" / "step-00000004" / "state.json"
+        document = json.loads(state.read_text())
+        assert abs(document["running"]) > 1e-4
+        if not runs_alike:
+            state.write_text(json.dumps(document | {"running": None}))
+        train(settings(tmp_path, output_dir=target, **options))
+        assert (read_metrics(tmp_path / "run") == read_metrics(target)) == runs_alike
+
+
 def test_every_step_is_logged_once(straight):
     assert [line["step"] for line in read_metrics(straight / "run")] == [2, 4, 6]
 

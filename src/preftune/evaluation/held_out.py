@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from preftune.distributed.runtime import Runtime
-from preftune.metrics import MetricSums
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import PairBatcher, PreferenceObjective, gathered
 
 Progress = Callable[[int, int], None]
+MATCHED = 0.1
+"""Answers whose lengths differ by at most this part of the longer count as equally long."""
 
 
 @torch.no_grad()
@@ -19,9 +21,13 @@ def evaluate_pairs(
     batcher: PairBatcher,
     batches: Sequence[Sequence[int]],
     runtime: Runtime,
+    *,
+    running: Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Means over all pairs of the batcher's dataset, each pair counted once.
+
+    The loss sees all pairs together, as one global batch.
 
     Args:
         model: prepared; put into eval mode here and back into its mode afterwards.
@@ -29,24 +35,67 @@ def evaluate_pairs(
         batcher: holds the pairs and their reference values.
         batches: every row of the dataset once, a forward each.
         runtime: shares the batches out over ranks.
+        running: what the loss kept of the last global batch; evaluation leaves it as it is.
         progress: called with (pairs done, pairs to do).
 
     Returns:
-        Names as in training (`loss`, `rewards/...`), without a prefix.
+        Names as in training (`loss`, `rewards/...`) and those of `length_metrics`, without a
+        prefix.
     """
     # Every rank runs the same number of forwards; short ranks run dummies that count nothing.
     per_rank = -(-len(batches) // runtime.world_size)
     mine = batches[runtime.rank :: runtime.world_size]
-    metrics = MetricSums()
     was_training = model.training
     model.eval()
+    parts = []
     done, num_pairs = 0, len(batcher.examples)
     for rows in [*mine, *[[]] * (per_rank - len(mine))]:
-        output = objective(model, batcher(rows))
-        for name, total in output.sums.items():
-            metrics.add(name, total, output.count)
+        parts.append(objective.rows(model, batcher(rows)))
         done += len(rows) * runtime.world_size
         if progress is not None:
             progress(min(done, num_pairs), num_pairs)
     model.train(was_training)
-    return metrics.means(runtime.all_reduce)
+    slots = torch.tensor([row for rows in mine for row in rows], device=runtime.device)
+    logps = gathered(parts, slots, num_pairs, runtime.all_reduce)
+    output = objective.output(logps, running=running)
+    means = {name: float(values.mean()) for name, values in output.per_pair.items()}
+    return means | length_metrics(
+        output.per_pair["rewards/chosen"],
+        output.per_pair["rewards/rejected"],
+        logps.chosen_lengths,
+        logps.rejected_lengths,
+    )
+
+
+def length_metrics(
+    chosen_rewards: Float[Tensor, " pairs"],
+    rejected_rewards: Float[Tensor, " pairs"],
+    chosen_lengths: Int[Tensor, " pairs"],
+    rejected_lengths: Int[Tensor, " pairs"],
+) -> dict[str, float]:
+    """Whether the reward follows length: a policy can learn that alone.
+
+    Args:
+        chosen_rewards: implicit rewards.
+        rejected_rewards: the same of the other side.
+        chosen_lengths: scored tokens.
+        rejected_lengths: the same of the other side.
+
+    Returns:
+        `rewards/length_correlation`: Pearson's, between reward and length, over all answers; left
+        out where one of them does not vary. `rewards/accuracies_length_matched`: accuracy over the
+        pairs whose answers differ in length by at most `MATCHED` of the longer, left out where
+        there is none, and `rewards/length_matched`, the share of such pairs.
+    """
+    lengths = torch.stack((chosen_lengths, rejected_lengths)).double()
+    rewards = torch.stack((chosen_rewards, rejected_rewards)).double()
+    longer, shorter = lengths.max(dim=0).values, lengths.min(dim=0).values
+    matched = longer - shorter <= MATCHED * longer
+    metrics = {"rewards/length_matched": float(matched.double().mean())}
+    if matched.any():
+        right = (rewards[0] > rewards[1])[matched]
+        metrics["rewards/accuracies_length_matched"] = float(right.double().mean())
+    if rewards.std() > 0 and lengths.std() > 0:
+        both = torch.stack((rewards.flatten(), lengths.flatten()))
+        metrics["rewards/length_correlation"] = float(torch.corrcoef(both)[0, 1])
+    return metrics

@@ -40,11 +40,17 @@ class PairLogps:
     """Mean over the chosen completion's scored tokens of log p(y_t) − log Σ_v p(v)², in nats."""
     rejected_alignment: Float[Tensor, " pairs"] | None = None
     """The same of the rejected completion."""
+    margin: Float[Tensor, " pairs"] | None = None
+    """By how much chosen is said to beat rejected, in units of reward."""
+    weight: Float[Tensor, " pairs"] | None = None
+    """How much the pair counts; None is 1. Losses leave it to their caller."""
+    running: Float[Tensor, ""] | None = None
+    """What `Loss.next_running` gave for the global batch before; None for the first."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that would broadcast, at the cost of a few comparisons on the host."""
         for name, value in vars(self).items():
-            if value is not None and value.shape != self.chosen.shape:
+            if name != "running" and value is not None and value.shape != self.chosen.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)} where chosen has "
                     f"{tuple(self.chosen.shape)}; give one entry a pair"
@@ -106,6 +112,21 @@ class Loss(ABC):
     def reads_alignment(self) -> bool:
         """Whether, with these knobs, the loss reads `PairLogps.*_alignment`."""
         return LOSS_SPECS[self.loss_type].reads_alignment
+
+    @property
+    def needs_global_batch(self) -> bool:
+        """Whether a pair's value depends on the others: give the global batch in one call."""
+        return LOSS_SPECS[self.loss_type].needs_global_batch
+
+    def next_running(self, logps: PairLogps) -> Float[Tensor, ""] | None:
+        """What the next global batch gets as `PairLogps.running`, detached; None if nothing.
+
+        A run keeps it beside the optimizer's state and saves it in checkpoints.
+
+        Args:
+            logps: of the whole global batch.
+        """
+        return None
 
     def _logratios(
         self, logps: PairLogps

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from preftune.losses.base import Loss, PairLogps, PairLoss, mean_on_host
 
 
@@ -52,6 +55,20 @@ class Combined(Loss):
     def reads_alignment(self) -> bool:
         """Whether one of the losses does."""
         return any(loss.reads_alignment for loss in self.losses)
+
+    @property
+    def needs_global_batch(self) -> bool:
+        """Whether one of the losses does."""
+        return any(loss.needs_global_batch for loss in self.losses)
+
+    def next_running(self, logps: PairLogps) -> Float[Tensor, ""] | None:
+        """That of the one loss that keeps something (beta_dpo; no loss is there twice).
+
+        Args:
+            logps: of the whole global batch.
+        """
+        kept = (loss.next_running(logps) for loss in self.losses)
+        return next((running for running in kept if running is not None), None)
 
     def __call__(self, logps: PairLogps) -> PairLoss:
         """Value of each pair, and the implicit rewards of the first loss.

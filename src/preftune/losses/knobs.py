@@ -88,6 +88,15 @@ class LossKnobs:
     """The chosen answer's negative log-likelihood: sum over its tokens, as the paper's formula, or
     mean, as in the authors' code and TRL."""
 
+    odpo_alpha: Annotated[float | None, Range(low=0.0)] = None
+    """Factor of each pair's margin, 0 (plain DPO) or more."""
+
+    beta_dpo_alpha: Annotated[float | None, Range(low=0.0)] = None
+    """How strongly beta follows a batch's mean margin, per nat, 0 (plain DPO) or more."""
+
+    beta_dpo_momentum: Annotated[float | None, Range(low=0.0, high=1.0, high_open=True)] = None
+    """Share of the running mean margin that a batch leaves, 0 to below 1."""
+
 
 @dataclass(frozen=True)
 class Knob:

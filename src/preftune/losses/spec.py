@@ -32,6 +32,10 @@ class DPOLossType(StrEnum):
     DPOP = "dpop"
     ORPO = "orpo"
     CPO = "cpo"
+    ODPO = "odpo"
+    AOT = "aot"
+    AOT_UNPAIRED = "aot_unpaired"
+    BETA_DPO = "beta_dpo"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class LossSpec:
     """Whether it reads the reference's log-probs; where False, no reference forward runs."""
     reads_alignment: bool = False
     """Whether it can read `PairLogps.*_alignment`; the loss object says if, so set, it does."""
+    reads_margin: bool = False
+    """Whether it reads `PairLogps.margin`, the margin column of the data."""
+    needs_global_batch: bool = False
+    """Whether a pair's value depends on the others: it must see the global batch in one call."""
     narrower: Mapping[str, Knob] = field(default_factory=dict)
     """Knobs whose range is narrower here than elsewhere."""
 
@@ -179,5 +187,29 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
         "DPO against a uniform reference plus fine-tuning on the chosen answer",
         {"beta": 0.1, **_SMOOTHING, "cpo_alpha": 1.0, "cpo_nll": "sum"},
         needs_reference=False,
+    ),
+    DPOLossType.ODPO: LossSpec(
+        "ODPO",
+        "DPO that asks for a lead as large as the pair's margin column says",
+        {"beta": 0.1, "odpo_alpha": 1.0},
+        reads_margin=True,
+    ),
+    DPOLossType.AOT: LossSpec(
+        "AOT",
+        "DPO's loss between sorted margins of policy and reference, over the whole batch",
+        {"beta": 0.01, **_SMOOTHING},
+        needs_global_batch=True,
+    ),
+    DPOLossType.AOT_UNPAIRED: LossSpec(
+        "AOTUnpaired",
+        "DPO's loss between sorted log-ratios of chosen and rejected, over the whole batch",
+        {"beta": 0.01, **_SMOOTHING},
+        needs_global_batch=True,
+    ),
+    DPOLossType.BETA_DPO: LossSpec(
+        "BetaDPO",
+        "DPO with a beta that follows the batch's mean margin",
+        {"beta": 0.1, "beta_dpo_alpha": 0.6, "beta_dpo_momentum": 0.9},
+        needs_global_batch=True,
     ),
 }

@@ -124,7 +124,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         num_steps=num_steps,
         trackers=trackers,
         display=display,
-        evaluate=run.evaluator(model, objective, held_out),
+        evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
     )
     try:

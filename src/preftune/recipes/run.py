@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.layout import Layout
@@ -144,39 +143,38 @@ class Run:
         return PairBatcher(examples, sums, self.layout, runtime.device)
 
     def evaluator(
-        self, model: nn.Module, objective: PreferenceObjective, held_out: dict[str, PairBatcher]
+        self,
+        state: TrainState,
+        objective: PreferenceObjective,
+        held_out: dict[str, PairBatcher],
     ) -> Callable[[], dict[str, dict[str, float]]] | None:
         """What evaluates the held-out pairs, by label; None without them."""
         if not held_out:
             return None
-
-        def evaluate() -> dict[str, dict[str, float]]:
-            return {
-                label: self._evaluate(model, objective, label, batcher)
-                for label, batcher in held_out.items()
-            }
-
-        return evaluate
-
-    def _evaluate(
-        self, model: nn.Module, objective: PreferenceObjective, label: str, batcher: PairBatcher
-    ) -> dict[str, float]:
-        stage = f"evaluate {label}".rstrip()
-        batches = sorted_batches(
-            self.pairs.held_out[label].examples.sizes,
-            self.layout.name,
-            rows=self.config.eval_rows,
-            max_tokens=self.config.max_tokens_per_microbatch,
-        )
-        with self.display.stage(stage, len(batcher.examples), "pair") as update:
-            return evaluate_pairs(
-                model,
-                objective,
-                batcher,
-                batches,
-                self.runtime,
-                counting(update),
+        batches = {
+            label: sorted_batches(
+                self.pairs.held_out[label].examples.sizes,
+                self.layout.name,
+                rows=self.config.eval_rows,
+                max_tokens=self.config.max_tokens_per_microbatch,
             )
+            for label in held_out
+        }
+
+        def evaluate(label: str, batcher: PairBatcher) -> dict[str, float]:
+            stage = f"evaluate {label}".rstrip()
+            with self.display.stage(stage, len(batcher.examples), "pair") as update:
+                return evaluate_pairs(
+                    state.model,
+                    objective,
+                    batcher,
+                    batches[label],
+                    self.runtime,
+                    running=state.running,
+                    progress=counting(update),
+                )
+
+        return lambda: {label: evaluate(label, batcher) for label, batcher in held_out.items()}
 
     def try_heaviest(
         self,

@@ -52,6 +52,7 @@ def save_checkpoint(
             "version": VERSION,
             "step": state.step,
             "num_tokens": int(state.num_tokens),
+            "running": None if state.running is None else float(state.running),
             "window": window,
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_state(),
@@ -123,6 +124,8 @@ def load_checkpoint(
     _restore_optimizer(optimizer, state, model)
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
+    if document.get("running") is not None:
+        state.running = torch.full_like(state.num_tokens, document["running"])
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
 

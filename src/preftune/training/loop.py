@@ -81,16 +81,18 @@ class TrainingLoop:
 
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
         step = self.state.step
+        num_pairs = len(self.sampler.batch(step))
         self._unchecked[step + 1] = self.state.num_tokens
         train_step(
             self.state,
             [self.batcher.place(laid_out) for laid_out in micro_batches],
             self.objective,
             self.runtime,
+            num_pairs=num_pairs,
             learning_rate=self.schedule(step),
             max_grad_norm=self.config.max_grad_norm,
         )
-        self._window_pairs += len(self.sampler.batch(step))
+        self._window_pairs += num_pairs
         self._window_steps += 1
 
     def _after_step(self, update: Update, request: StopRequest) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from preftune.distributed.runtime import Runtime
 from preftune.metrics import MetricSums
-from preftune.objective import MicroBatch, PreferenceObjective
+from preftune.objective import GlobalBatch, MicroBatch, PreferenceObjective, gathered
 
 
 @dataclass
@@ -28,6 +28,9 @@ class TrainState:
     there is none. From then on no update is applied, so the weights stay those from before it."""
     window: MetricSums
     """Metrics since the last logging step."""
+    running: Tensor | None = None
+    """Device scalar, fp64: what the loss keeps from one global batch to the next; None for losses
+    that keep nothing, and before the first step."""
 
     @classmethod
     def at_start(cls, model: nn.Module, optimizer: Any, device: torch.device) -> "TrainState":
@@ -43,6 +46,7 @@ def train_step(
     objective: PreferenceObjective,
     runtime: Runtime,
     *,
+    num_pairs: int,
     learning_rate: float,
     max_grad_norm: float | None,
 ) -> None:
@@ -56,39 +60,66 @@ def train_step(
         micro_batches: this rank's share; every rank brings equally many.
         objective: gives sums and counts.
         runtime: the ranks.
+        num_pairs: of the global batch, all ranks' together.
         learning_rate: of this step.
         max_grad_norm: clip the global L2 norm to this; None or 0 is off.
     """
-    on_device: dict[str, Any] = {"dtype": torch.float64, "device": runtime.device}
-    # Counted first, over every rank, because each backward below needs it.
-    num_pairs = sum(mb.num_pairs for mb in micro_batches)
-    num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_pairs)
-    counts = torch.stack([torch.full((), n, **on_device) for n in (num_pairs, num_tokens)])
-    global_pairs, global_tokens = runtime.all_reduce(counts)
+    state.model.train()
+    batches = _global_batches(state.model, micro_batches, objective, runtime, num_pairs)
 
     # ---------------------------------------------------------------- forward and backward
-    state.model.train()
-    loss_sum = torch.zeros((), **on_device)
-    for number, micro_batch in enumerate(micro_batches, start=1):
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    running = None
+    for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True), 1):
         with runtime.accumulate(state.model, is_last=number == len(micro_batches)):
-            output = objective(state.model, micro_batch)
+            output = objective(state.model, micro_batch, batch=batch, running=state.running)
             # Engines average gradients over ranks: world_size turns the average into the sum.
-            runtime.backward(output.loss_sum * (runtime.world_size / global_pairs))
-        loss_sum += output.sums["loss"]
-        for name, total in output.sums.items():
-            state.window.add(name, total, output.count)
+            runtime.backward(output.loss_sum * (runtime.world_size / num_pairs))
+        loss_sum += output.per_pair["loss"].sum()
+        running = output.running
+        for name, values in output.per_pair.items():
+            state.window.add(name, values.sum(), len(values))
 
     # ---------------------------------------------------------------- update
+    num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_pairs)
+    totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_tokens)])
+    global_loss, global_tokens = runtime.all_reduce(totals)
     grad_norm = runtime.clip_gradients(state.model, max_grad_norm)
-    finite = torch.isfinite(grad_norm) & torch.isfinite(runtime.all_reduce(loss_sum))
+    finite = torch.isfinite(grad_norm) & torch.isfinite(global_loss)
     this_step = torch.full_like(state.bad_step, state.step + 1)
     healthy = state.bad_step == 0
     state.bad_step = torch.where(healthy & ~finite, this_step, state.bad_step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     runtime.optimizer_step(state.optimizer, skip=(state.bad_step > 0).float())
+    if running is not None:
+        before = torch.zeros_like(running) if state.running is None else state.running
+        state.running = torch.where(state.bad_step == 0, running, before)
 
     state.window.add("grad_norm", grad_norm, 1)
     state.window.add("learning_rate", learning_rate, 1)
     state.step += 1
     state.num_tokens = state.num_tokens + global_tokens
+
+
+def _global_batches(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    objective: PreferenceObjective,
+    runtime: Runtime,
+    num_pairs: int,
+) -> list[GlobalBatch | None]:
+    """For each micro-batch the log-probs of all, for a loss that compares pairs with each other.
+
+    A pass without gradient comes first; the gradient of such a loss then is right one micro-batch
+    at a time. Each None where a micro-batch is all there is to see.
+    """
+    alone = len(micro_batches) == runtime.world_size == 1
+    if alone or not objective.loss.needs_global_batch:
+        return [None] * len(micro_batches)
+    with torch.no_grad():
+        parts = [objective.rows(model, micro_batch) for micro_batch in micro_batches]
+    # Of all rows, this rank's are every world_size-th.
+    slots = torch.arange(num_pairs, device=runtime.device)[runtime.rank :: runtime.world_size]
+    whole = gathered(parts, slots, num_pairs, runtime.all_reduce)
+    return [GlobalBatch(whole, own) for own in slots.split([mb.num_pairs for mb in micro_batches])]

@@ -27,6 +27,7 @@ class Pair:
     rejected_length: int = 2
     chosen_alignment: float = -0.5
     rejected_alignment: float = -0.25
+    margin: float = 0.75
 
 
 PAIRS = {
@@ -56,6 +57,7 @@ def batch(pairs: list[Pair], dtype: torch.dtype = torch.float64, grad: bool = Fa
         ref_rejected=floats("ref_rejected"),
         chosen_alignment=floats("chosen_alignment"),
         rejected_alignment=floats("rejected_alignment"),
+        margin=floats("margin"),
     )
 
 

@@ -55,7 +55,7 @@ every_variant = pytest.mark.parametrize(
 def one(*sums: float, lengths=(1, 1), dtype=torch.float64) -> PairLogps:
     """One pair, its policy's sums with gradient: chosen, rejected and the same of the reference."""
     policy = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in sums[:2]]
-    rest = [torch.tensor([x], dtype=dtype) for x in (*sums[2:], -0.5, -0.25)]
+    rest = [torch.tensor([x], dtype=dtype) for x in (*sums[2:], -0.5, -0.25, 0.75)]
     return PairLogps(*policy, *(torch.tensor([n]) for n in lengths), *rest)
 
 
@@ -163,6 +163,9 @@ def test_the_alignments_are_read_exactly_where_the_loss_says(loss_type, pairs, m
 
 AT_REFERENCE = {
     **dict.fromkeys(["dpo", "dpo_norm", "robust", "dpop"], 0.6931471806),
+    **dict.fromkeys(["aot", "aot_unpaired", "beta_dpo"], 0.6931471806),
+    # log(1 + e^0.75)
+    "odpo": 1.1368710061,
     **dict.fromkeys(["nca_pair", "bco_pair"], 1.3862943611),
     **dict.fromkeys(["hinge", "apo_zero", "apo_down"], 1.0),
     # 1/(4β²) and 1/(2β²) at β = 0.1 and 0.001
@@ -197,8 +200,17 @@ def test_the_value_at_the_reference_is_the_mean_there(loss_type, knobs, at_refer
 
 @every_variant
 def test_one_value_and_two_rewards_a_pair_each_on_its_own(loss_type, knobs, pairs, make_batch):
-    """A batch gives what its pairs give alone: nothing is reduced and nothing broadcast."""
+    """A batch gives what its pairs give alone: nothing is reduced and nothing broadcast.
+
+    A loss that compares the pairs of a batch gives the same values whatever their order; pairs that
+    tie may swap theirs.
+    """
     loss, rows = make_loss(loss_type, **knobs), list(pairs.values())
+    if loss.needs_global_batch:
+        here, there = (loss(make_batch(order)).values for order in (rows, rows[::-1]))
+        torch.testing.assert_close(here.sort()[0], there.sort()[0], rtol=1e-13, atol=1e-15)
+        assert not torch.equal(here, torch.cat([loss(make_batch([row])).values for row in rows]))
+        return
     whole, alone = loss(make_batch(rows)), [loss(make_batch([row])) for row in rows]
     for field in dataclasses.fields(whole):
         together = getattr(whole, field.name)
@@ -206,6 +218,16 @@ def test_one_value_and_two_rewards_a_pair_each_on_its_own(loss_type, knobs, pair
         assert together.shape == (len(rows),)
         # Not bit for bit: vectorised kernels round the tail of a tensor another way.
         torch.testing.assert_close(together, apart, rtol=1e-13, atol=1e-15)
+
+
+@every_loss
+def test_the_margin_is_read_exactly_where_the_spec_says(loss_type, pairs, make_batch):
+    logps = dataclasses.replace(make_batch([pairs["preferred"]]), margin=None)
+    if LOSS_SPECS[loss_type].reads_margin:
+        with pytest.raises(ValueError, match=f"^{loss_type} reads margin"):
+            make_loss(loss_type)(logps)
+    else:
+        assert make_loss(loss_type)(logps).values.isfinite().all()
 
 
 @every_variant
@@ -258,8 +280,8 @@ def test_gradcheck(loss_type, knobs, pairs, make_batch):
         return loss(dataclasses.replace(logps, chosen=chosen, rejected=rejected)).values
 
     # WPO's weight without alignment depends on the policy, and is a constant to the gradient.
-    if knobs == {"wpo_alignment": "none"}:
-        pytest.skip("the gradient leaves the weight out by intent")
+    if knobs == {"wpo_alignment": "none"} or loss_type == "beta_dpo":
+        pytest.skip("the gradient leaves the weight, or the batch's beta, out by intent")
     assert torch.autograd.gradcheck(values, (logps.chosen, logps.rejected))
 
 
@@ -279,7 +301,8 @@ def test_rewards_are_detached_and_no_step_reads_a_value_on_the_host(
 ):
     """A meta tensor holds no values: `.item()` or a branch on one raises."""
     logps = make_batch([pairs["preferred"], pairs["long"]], grad=True)
-    meta = PairLogps(**{name: value.to("meta") for name, value in vars(logps).items()})
+    held = {name: value for name, value in vars(logps).items() if value is not None}
+    meta = PairLogps(**{name: value.to("meta") for name, value in held.items()})
     result = make_loss(loss_type, **knobs)(meta)
     assert result.values.shape == (2,)
     assert result.values.requires_grad
@@ -317,6 +340,7 @@ NO_SCALE = {
     "simpo": "its target is in nats",
     "orpo": "its odds are not linear in log-probs",
     "cpo": "its fine-tuning term has no beta",
+    "beta_dpo": "its beta follows margins in nats",
 }
 
 
@@ -368,7 +392,7 @@ def test_shapes_that_would_broadcast_are_refused(name, pairs, make_batch, monkey
 def test_the_annotated_shapes_are_checked_here(pairs, make_batch):
     """Pytest runs these modules under jaxtyping: one axis, named pairs."""
     logps = make_batch([pairs["preferred"]])
-    square = {name: value[None] for name, value in vars(logps).items()}
+    square = {k: v[None] for k, v in vars(logps).items() if v is not None}
     with pytest.raises(Exception, match="pairs") as caught:
         PairLogps(**square)
     assert type(caught.value).__name__ == "TypeCheckError"

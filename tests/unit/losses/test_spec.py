@@ -103,6 +103,10 @@ def test_documented_defaults() -> None:
         "discopop": {"beta": 0.05, "discopop_tau": 0.05, **kl},
         "dpop": {"beta": 0.3, "dpop_lambda": 50.0},
         "orpo": {"beta": 0.1},
+        "odpo": {"beta": 0.1, "odpo_alpha": 1.0},
+        "aot": {"beta": 0.01, "label_smoothing": 0.0},
+        "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0},
+        "beta_dpo": {"beta": 0.1, "beta_dpo_alpha": 0.6, "beta_dpo_momentum": 0.9},
         "cpo": {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "cpo_nll": "sum"},
     }
 
