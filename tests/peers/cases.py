@@ -1,7 +1,7 @@
 """Which loss of TRL is which of preftune: one line a case, all of them trained both ways."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -18,10 +18,10 @@ class Case:
     """Options of preftune's that choose TRL's form, where its default is the paper's."""
     trainer: str = "DPO"
     """Of TRL: DPO, CPO or ORPO."""
-    micro_batch: int = 2
-    """Pairs of a micro-batch; `BATCH` pairs are a step. 1 where TRL takes a mean over the tokens of
-    a micro-batch: of one pair that is the mean over its tokens. `BATCH` where TRL's loss is one of
-    its whole micro-batch: preftune's is one of the whole step's."""
+    their_micro_batch: int = 2
+    """Pairs of a micro-batch in TRL. 1 where it takes a mean over the tokens of a micro-batch: of
+    one pair that is the mean over its tokens. `BATCH` where it compares the pairs of a micro-batch
+    with each other: preftune compares those of the step."""
     one_token_prompts: bool = False
     """For ORPO, whose fine-tuning term counts the prompt's tokens in TRL, all but the first."""
 
@@ -35,6 +35,7 @@ class Case:
 
 
 BATCH = 4
+"""Pairs of a step, in micro-batches of two in preftune."""
 
 _SMOOTHED = {"label_smoothing": 0.1}
 _HALF = {"beta": 0.5}
@@ -64,6 +65,8 @@ _LOSSES = (
     _same("apo_zero", **_HALF),
     _same("apo_down", **_HALF),
     _same("discopop", **_HALF, discopop_tau=0.1),
+    replace(_same("aot", **_HALF, **_SMOOTHED), their_micro_batch=BATCH),
+    replace(_same("aot_unpaired", **_HALF, **_SMOOTHED), their_micro_batch=BATCH),
     Case("wpo", {"use_weighting": True}, {"loss_type": "wpo"}, {"wpo_cap": "none"}),
 )
 
@@ -72,7 +75,7 @@ _SUMS = (
         "dpo + sft",
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
         {"loss_type": "dpo", "sft_weight": 0.2},
-        micro_batch=1,
+        their_micro_batch=1,
     ),
     Case(
         "mpo",
@@ -83,7 +86,7 @@ _SUMS = (
             "sft_weight": 1.0,
             "beta": 0.1,
         },
-        micro_batch=1,
+        their_micro_batch=1,
     ),
     Case(
         "hinge + apo_zero",
@@ -93,14 +96,14 @@ _SUMS = (
 )
 
 _WITHOUT_REFERENCE = (
-    Case("cpo", {}, {"loss_type": "cpo"}, {"cpo_nll": "mean"}, trainer="CPO", micro_batch=1),
+    Case("cpo", {}, {"loss_type": "cpo"}, {"cpo_nll": "mean"}, trainer="CPO", their_micro_batch=1),
     Case(
         "cpo, smoothed",
         {**_SMOOTHED, "cpo_alpha": 0.5},
         {"loss_type": "cpo", **_SMOOTHED, "cpo_alpha": 0.5},
         {"cpo_nll": "mean"},
         trainer="CPO",
-        micro_batch=1,
+        their_micro_batch=1,
     ),
     Case(
         "simpo",
@@ -113,9 +116,16 @@ _WITHOUT_REFERENCE = (
         {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.3, **_SMOOTHED},
         {"loss_type": "simpo", "gamma_beta_ratio": 0.5, "sft_weight": 0.3, **_SMOOTHED},
         trainer="CPO",
-        micro_batch=1,
+        their_micro_batch=1,
     ),
-    Case("orpo", {}, {"loss_type": "orpo"}, trainer="ORPO", micro_batch=1, one_token_prompts=True),
+    Case(
+        "orpo",
+        {},
+        {"loss_type": "orpo"},
+        trainer="ORPO",
+        their_micro_batch=1,
+        one_token_prompts=True,
+    ),
 )
 
 _DIVERGENCES = {
@@ -142,8 +152,6 @@ CASES = (
 )
 
 LACKING = {
-    ("DPO", "aot"): "not in preftune yet",
-    ("DPO", "aot_unpaired"): "not in preftune yet",
     ("CPO", "hinge"): "the hinge loss without a reference",
     ("CPO", "ipo"): "IPO without a reference",
     ("CPO", "alphapo"): "SimPO's rewards reshaped (AlphaPO)",

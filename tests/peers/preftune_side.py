@@ -21,6 +21,7 @@ from preftune.training.step import TrainState, train_step
 from tests.peers.cases import BATCH, Case
 from tests.peers.materials import LEARNING_RATE, MAX_GRAD_NORM, STEPS, Materials, Trace
 
+MICRO_BATCH = 2
 LONGEST = 64
 """More tokens than any row has."""
 
@@ -35,26 +36,21 @@ def config_of(case: Case, **changes: Any) -> DPOConfig:
 
 def train(
     config: DPOConfig,
-    micro_batch: int,
     materials: Materials,
     folder: Path,
-    *,
-    steps: int = STEPS,
     make_runtime: Callable[..., Runtime] = Runtime,
 ) -> Trace:
     """Train with the options of `config`.
 
     Args:
         config: the loss; the layout is the one that a run would choose.
-        micro_batch: pairs of a micro-batch.
         materials: what to start from.
         folder: for the reference's values, which several trainings may share.
-        steps: how many.
         make_runtime: another one for mutants.
     """
     assert not config.problems(), config.problems()
     runtime = make_runtime("fp32", 0)
-    examples = materials.examples[: steps * BATCH]
+    examples = materials.examples
     policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
     choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
     layout = Layout(choice.name, policy.limits)
@@ -72,13 +68,14 @@ def train(
     batcher = PairBatcher(examples, reference, layout, runtime.device)
     objective = PreferenceObjective(loss_of(config))
     trace = Trace([], [])
-    for step in range(steps):
+    for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)
         train_step(
             state,
-            [batcher(rows[at : at + micro_batch]) for at in range(0, BATCH, micro_batch)],
+            [batcher(rows[at : at + MICRO_BATCH]) for at in range(0, BATCH, MICRO_BATCH)],
             objective,
             runtime,
+            num_pairs=BATCH,
             learning_rate=LEARNING_RATE,
             max_grad_norm=MAX_GRAD_NORM,
         )

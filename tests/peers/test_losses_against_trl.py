@@ -67,10 +67,7 @@ def trained(start, tmp_path_factory) -> Callable[..., Trace]:
     folder = tmp_path_factory.mktemp("reference")
 
     def train(case: Case, make_runtime: Any = Runtime, **changes: Any) -> Trace:
-        config = config_of(case, **changes)
-        return preftune_side.train(
-            config, case.micro_batch, start(case), folder, make_runtime=make_runtime
-        )
+        return preftune_side.train(config_of(case, **changes), start(case), folder, make_runtime)
 
     return train
 

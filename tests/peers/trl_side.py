@@ -66,8 +66,8 @@ def train(case: Case, materials: Materials, folder: Path) -> Trace:
     config, trainer_class = TRAINERS[case.trainer]
     arguments = config(
         output_dir=str(folder),
-        per_device_train_batch_size=case.micro_batch,
-        gradient_accumulation_steps=BATCH // case.micro_batch,
+        per_device_train_batch_size=case.their_micro_batch,
+        gradient_accumulation_steps=BATCH // case.their_micro_batch,
         max_steps=STEPS,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
