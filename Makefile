@@ -40,7 +40,7 @@ demo: $(VENV)/.run  ## train the embedded model on the embedded pairs and show w
 test: $(VENV)/.dev  ## the tests that run in a few minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not peers"
 
-test-all: $(VENV)/.dev  ## every test; those without their device, data or peer skip with a reason
+test-all: $(VENV)/.dev $(VENV)/.peers  ## every test; those without their device or data skip with a reason
 	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow"
 	$(PYTEST) -m slow -s
 

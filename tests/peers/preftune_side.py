@@ -1,0 +1,86 @@
+"""A case trained by preftune's own parts, from the options to the optimizer step."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from preftune.batching.layout import Layout
+from preftune.config.dpo import DPOConfig
+from preftune.config.training import TrainingConfig
+from preftune.distributed.runtime import Runtime
+from preftune.losses import DPOLossType
+from preftune.model.forward import PolicyModel
+from preftune.model.layout_choice import choose_layout
+from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.recipes.loss import loss_of
+from preftune.reference.build import reference_logps
+from preftune.reference.store import ReferenceStore
+from preftune.training.optimizer import make_optimizer
+from preftune.training.step import TrainState, train_step
+from tests.peers.cases import BATCH, Case
+from tests.peers.materials import LEARNING_RATE, MAX_GRAD_NORM, STEPS, Materials, Trace
+
+MICRO_BATCH = 2
+LONGEST = 64
+"""More tokens than any row has."""
+
+
+def config_of(case: Case, **changes: Any) -> DPOConfig:
+    """preftune's options of a case, in TRL's form, with changes."""
+    options = {**case.ours, **case.form, **changes}
+    names = options["loss_type"]
+    losses = [DPOLossType(name) for name in ([names] if isinstance(names, str) else names)]
+    return DPOConfig(**options | {"loss_type": losses})
+
+
+def train(
+    config: DPOConfig,
+    materials: Materials,
+    folder: Path,
+    make_runtime: Callable[..., Runtime] = Runtime,
+) -> Trace:
+    """Train with the options of `config`.
+
+    Args:
+        config: the loss; the layout is the one that a run would choose.
+        materials: what to start from.
+        folder: for the reference's values, which several trainings may share.
+        make_runtime: another one for mutants.
+    """
+    assert not config.problems(), config.problems()
+    runtime = make_runtime("fp32", 0)
+    examples = materials.examples
+    policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
+    choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
+    layout = Layout(choice.name, policy.limits)
+    reference = None
+    if config.needs_reference:
+        base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)
+        choose_layout(base, config.wanted_layout, "auto", LONGEST)
+        store = ReferenceStore(folder, "peers", {})
+        reference = reference_logps(
+            base, examples, store, layout=layout, device=runtime.device
+        ).sums
+    training = TrainingConfig(learning_rate=LEARNING_RATE)
+    model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
+    state = TrainState.at_start(model, optimizer, runtime.device)
+    batcher = PairBatcher(examples, reference, layout, runtime.device)
+    objective = PreferenceObjective(loss_of(config))
+    trace = Trace([], [])
+    for step in range(STEPS):
+        rows = range(step * BATCH, (step + 1) * BATCH)
+        train_step(
+            state,
+            [batcher(rows[at : at + MICRO_BATCH]) for at in range(0, BATCH, MICRO_BATCH)],
+            objective,
+            runtime,
+            num_pairs=BATCH,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=MAX_GRAD_NORM,
+        )
+        means = state.window.means(runtime.all_reduce)
+        state.window.clear()
+        trace.losses.append(means["loss"])
+        trace.grad_norms.append(means["grad_norm"])
+    return trace
