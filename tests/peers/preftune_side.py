@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.config.dpo import DPOConfig
 from preftune.config.training import TrainingConfig
@@ -12,7 +13,7 @@ from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import choose_layout
-from preftune.objective import PairBatcher, PreferenceObjective
+from preftune.objective import PairObjective
 from preftune.recipes.loss import loss_of
 from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
@@ -65,8 +66,8 @@ def train(
     training = TrainingConfig(learning_rate=LEARNING_RATE)
     model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
     state = TrainState.at_start(model, optimizer, runtime.device)
-    batcher = PairBatcher(examples, reference, layout, runtime.device)
-    objective = PreferenceObjective(loss_of(config))
+    batcher = RowBatcher(examples, reference, layout, runtime.device)
+    objective = PairObjective(loss_of(config))
     trace = Trace([], [])
     for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)
@@ -75,7 +76,7 @@ def train(
             [batcher(rows[at : at + MICRO_BATCH]) for at in range(0, BATCH, MICRO_BATCH)],
             objective,
             runtime,
-            num_pairs=BATCH,
+            num_rows=BATCH,
             learning_rate=LEARNING_RATE,
             max_grad_norm=MAX_GRAD_NORM,
         )

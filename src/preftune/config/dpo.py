@@ -127,9 +127,14 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         return "concatenated" if self.concatenated_forward else "separate"
 
     @property
-    def unpaired(self) -> bool:
-        """Whether the loss trains on single labelled completions."""
-        return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
+    def reads_margin(self) -> bool:
+        """Whether a loss reads the margins of the data."""
+        return any(LOSS_SPECS[loss].reads_margin for loss in self.loss_types)
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether the loss reads another row's answer behind each prompt."""
+        return any(LOSS_SPECS[loss].reads_mismatched for loss in self.loss_types)
 
     @property
     def needs_reference(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.dataset import PairsConfig
+from preftune.config.dpo import DPOConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
@@ -17,7 +18,7 @@ from preftune.data.hub_cache import HubCache
 from preftune.data.pairs import PairDataset, SourceCounts, load_pairs
 from preftune.data.splits import shares_prompt, split_by_prompt, without_prompts_of
 from preftune.data.table import TokenRows
-from preftune.errors import ConfigError, Findings, ModelError
+from preftune.errors import ConfigError, DataError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.model.rope import longest_sequence
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -58,7 +59,41 @@ def load_experiment_pairs(
     pairs = read_experiment_pairs(config, tokenizer, display)
     for dataset in (pairs.train, *pairs.held_out.values()):
         check_fits_model(config, dataset)
-    return replace(pairs, train=pairs.train.repeated())
+        for sentence in margin_use(config, dataset):
+            display.say(sentence)
+    train, held_out = pairs.train.repeated(), pairs.held_out
+    if config.reads_mismatched:
+        train = with_mismatched(train, config.seed)
+        held_out = {label: with_mismatched(d, config.seed) for label, d in held_out.items()}
+    return replace(pairs, train=train, held_out=held_out)
+
+
+def with_mismatched(dataset: PairDataset, seed: int) -> PairDataset:
+    """The same rows, each with an answer to another prompt behind its own."""
+    return replace(dataset, examples=dataset.examples.with_mismatched(seed))
+
+
+def margin_use(config: DPOConfig, dataset: PairDataset) -> list[str]:
+    """A sentence on margins that the loss does not read.
+
+    Raises:
+        DataError: the loss reads margins, and a row has none.
+    """
+    has_one = ~np.isnan(dataset.examples.margins)
+    losses = ", ".join(loss.value for loss in config.loss_types)
+    if not config.reads_margin:
+        number = int(has_one.sum())
+        unread = f"{number} rows of {dataset.name} have a margin, which {losses} does not read"
+        return [f"{unread} (odpo does)"] if number else []
+    if not has_one.all():
+        lacking = np.flatnonzero(~has_one)
+        raise DataError(
+            f"{dataset.name}: {len(lacking)} of {len(has_one)} rows have no margin (first: "
+            f"{dataset.examples.row_id(int(lacking[0]))}), and the loss {losses} reads one: by how "
+            "much chosen is better, in units of reward. Add a number in column 'margin', name "
+            "yours with --column_map, or choose another --loss_type"
+        )
+    return []
 
 
 def read_experiment_pairs(

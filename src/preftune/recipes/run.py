@@ -3,12 +3,14 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
@@ -18,6 +20,7 @@ from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
 from preftune.data.chat import answer_frame
+from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
@@ -30,7 +33,6 @@ from preftune.recipes.pairs import Pairs
 from preftune.reference.build import reference_logps
 from preftune.reference.fingerprints import namespace_key
 from preftune.reference.store import ReferenceStore
-from preftune.schema import TokenizedExample
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
@@ -109,7 +111,7 @@ class Run:
 
     def _batcher(
         self,
-        examples: Sequence[TokenizedExample],
+        examples: TokenRows,
         fields: dict[str, Any],
         stage: str,
     ) -> RowBatcher:
@@ -122,7 +124,7 @@ class Run:
             policy = self.loaded.policy.eval()
             with (
                 runtime.main_first(),
-                self.display.stage(stage, 2 * len(examples), "answer") as update,
+                self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
             ):
                 values = reference_logps(
                     policy,
@@ -141,7 +143,18 @@ class Run:
                 "reused": values.num_reused,
             }
         sums = None if values is None else values.sums
-        return RowBatcher(examples, sums, self.layout, runtime.device)
+        return RowBatcher(examples, sums, self.layout, runtime.device, self._columns(examples))
+
+    def _columns(self, examples: TokenRows) -> dict[str, Tensor]:
+        """What the data say of each row besides its tokens, where the loss reads it."""
+        columns: dict[str, np.ndarray] = {}
+        if (examples.weights != 1).any():
+            columns["weight"] = examples.weights
+        if self.config.reads_margin:
+            columns["margin"] = examples.margins
+        if self.config.unpaired:
+            columns["is_desirable"] = examples.roles == "chosen"
+        return {k: torch.tensor(v, device=self.runtime.device) for k, v in columns.items()}
 
     def evaluator(
         self,
