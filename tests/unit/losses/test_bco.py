@@ -2,8 +2,8 @@
 
 By hand, β = 0.1, μ = 0.9. First batch: a desirable completion with s = 2 and an undesirable one
 with s = −1: m_D = 0.1 · 0.2 = 0.02, m_U = 0.1 · −0.1 = −0.01, δ = 0.005; values −logσ(0.195) =
-0.6003927939 and −logσ(0.105) = 0.6420246729. Second batch: desirable completions alone, s = 4 and 2:
-m_D = 0.9 · 0.02 + 0.1 · 0.3 = 0.048, m_U stays −0.01, δ = 0.019; values −logσ(0.381) =
+0.6003927939 and −logσ(0.105) = 0.6420246729. Second batch: desirable completions alone, s = 4 and
+2: m_D = 0.9 · 0.02 + 0.1 · 0.3 = 0.048, m_U stays −0.01, δ = 0.019; values −logσ(0.381) =
 0.5206836076 and −logσ(0.181) = 0.6067367277.
 """
 
