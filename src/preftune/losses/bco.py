@@ -44,7 +44,7 @@ class BCO(UnpairedLoss):
     distribution matching). The paper names no momentum: 0.9 is ours. TRL's δ is the plain mean of
     all rewards so far, of both labels together.
 
-    Settings: learning rate 5e-7 (the paper, appendix C, with β 0.01); β 0.1 (TRL).
+    Settings: β 0.01, learning rate 5e-7 (the paper, appendix C).
 
     Curves: the loss starts at ln 2 and falls; rewards of both labels move apart around δ.
     """

@@ -229,7 +229,7 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.BCO: LossSpec(
         "BCO",
         "single labelled completions: a binary classifier with a running threshold",
-        {"beta": 0.1, "bco_momentum": 0.9},
+        {"beta": 0.01, "bco_momentum": 0.9},
         needs_global_batch=True,
         unpaired=True,
     ),

@@ -177,6 +177,8 @@ class OpenModel:
     model: torch.nn.Module
     """The same, as the runtime has prepared it."""
     layout: Layout
+    attention: str
+    """Of the model as it was loaded: what generates text, where rows are not packed."""
 
 
 def open_model(
@@ -189,6 +191,7 @@ def open_model(
     """Load a model, and choose how rows of at most `longest` tokens a side go through it."""
     display.say(f"loading {model_config.model_name_or_path}")
     loaded = load_model(model_config, runtime.device)
+    attention = str(loaded.policy.model.config._attn_implementation)
     layout = choose_layout(
         loaded.policy,
         config.forward_layout,
@@ -200,7 +203,7 @@ def open_model(
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)
-    return OpenModel(loaded, model, Layout(layout.name, loaded.policy.limits))
+    return OpenModel(loaded, model, Layout(layout.name, loaded.policy.limits), attention)
 
 
 def _sample(
@@ -215,15 +218,16 @@ def _sample(
         return []
     _, first = np.unique(examples.prompt_keys, return_index=True)
     prompts = [examples[int(row)] for row in np.sort(first)[: config.kl_samples]]
-    with display.stage("sample", config.kl_samples, "answer") as update:
-        return sampled_answers(
-            opened.loaded.policy.model,
-            tokenizer,
-            prompts,
-            config.kl_samples,
-            config.kl_max_new_tokens,
-            update,
-        )
+    model, number = opened.loaded.policy.model, config.kl_samples
+    scoring = str(model.config._attn_implementation)
+    model.set_attn_implementation(opened.attention)
+    try:
+        with display.stage("sample", number, "answer") as update:
+            return sampled_answers(
+                model, tokenizer, prompts, number, config.kl_max_new_tokens, update
+            )
+    finally:
+        model.set_attn_implementation(scoring)
 
 
 def _logps_of_samples(

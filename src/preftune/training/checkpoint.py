@@ -125,7 +125,7 @@ def load_checkpoint(
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     if document.get("running") is not None:
-        state.running = torch.tensor(document["running"]).to(state.num_tokens)
+        state.running = state.num_tokens.new_tensor(document["running"])
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
 

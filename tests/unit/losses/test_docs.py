@@ -63,7 +63,7 @@ def test_the_curves_of_single_completions_are_against_a_baseline_of_0(
     loss_docs, loss_type, values, slopes
 ):
     ratios = torch.tensor([-10.0, 0.0, 10.0], dtype=torch.float64)
-    curves = loss_docs.unpaired_curves(make_loss(loss_type), ratios)
+    curves = loss_docs.unpaired_curves(make_loss(loss_type, beta=0.1), ratios)
     assert list(curves) == ["desirable", "undesirable"]
     assert curves["desirable"][0].tolist() == pytest.approx(values)
     assert curves["desirable"][1].tolist() == pytest.approx(slopes)
