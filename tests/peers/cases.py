@@ -17,7 +17,7 @@ class Case:
     form: Mapping[str, Any] = field(default_factory=dict)
     """Options of preftune's that choose TRL's form, where its default is the paper's."""
     trainer: str = "DPO"
-    """Of TRL: DPO, CPO or ORPO."""
+    """Of TRL: DPO, CPO, ORPO or KTO."""
     their_micro_batch: int = 2
     """Pairs of a micro-batch in TRL. 1 where it takes a mean over the tokens of a micro-batch: of
     one pair that is the mean over its tokens. `BATCH` where it compares the pairs of a micro-batch
@@ -28,8 +28,8 @@ class Case:
     @property
     def their_losses(self) -> set[tuple[str, str]]:
         """Trainer and name of each loss of TRL that is trained."""
-        if self.trainer == "ORPO":
-            return {("ORPO", "orpo")}
+        if self.trainer in ("ORPO", "KTO"):
+            return {(self.trainer, self.trainer.lower())}
         names = self.theirs.get("loss_type", "sigmoid")
         return {(self.trainer, name) for name in ([names] if isinstance(names, str) else names)}
 
@@ -128,6 +128,18 @@ _WITHOUT_REFERENCE = (
     ),
 )
 
+# TRL's KL estimate is of a micro-batch, preftune's of the step; one of 4 rows is undesirable.
+_LABELLED = (
+    Case("kto", _HALF, {"loss_type": "kto", **_HALF}, trainer="KTO", their_micro_batch=BATCH),
+    Case(
+        "kto, weighted",
+        {"desirable_weight": 0.5, "undesirable_weight": 1.5},
+        {"loss_type": "kto", "desirable_weight": 0.5, "undesirable_weight": 1.5},
+        trainer="KTO",
+        their_micro_batch=BATCH,
+    ),
+)
+
 _DIVERGENCES = {
     "forward_kl": ({"f_divergence_type": "forward_kl"}, {"f_divergence": "forward_kl"}),
     "js": ({"f_divergence_type": "js_divergence"}, {"f_divergence": "js"}),
@@ -143,6 +155,7 @@ CASES = (
     *_LOSSES,
     *_SUMS,
     *_WITHOUT_REFERENCE,
+    *_LABELLED,
     *(
         Case(f"{case.name}, {name}", {**case.theirs, **theirs}, {**case.ours, **ours})
         for case in _LOSSES
@@ -155,7 +168,6 @@ LACKING = {
     ("CPO", "hinge"): "the hinge loss without a reference",
     ("CPO", "ipo"): "IPO without a reference",
     ("CPO", "alphapo"): "SimPO's rewards reshaped (AlphaPO)",
-    ("KTO", "kto"): "not in preftune yet",
     ("KTO", "apo_zero_unpaired"): "APO on unpaired rows",
 }
 """Losses of TRL that preftune does not have, and what they are."""

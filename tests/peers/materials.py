@@ -2,12 +2,13 @@
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
-from preftune.schema import Completion, TokenizedExample
+from preftune.schema import Completion, Role, TokenizedExample
 from tests.peers.cases import BATCH
 from tests.tiny import tiny_model
 
@@ -25,10 +26,11 @@ class Materials:
     reference: LlamaForCausalLM
     policy: LlamaForCausalLM
     """Perturbed: where it equals the reference, losses do not say what was scored."""
-    rows: list[dict[str, str]]
-    """The pairs as text; the word `tN` is token N."""
+    rows: list[dict[str, Any]]
+    """The pairs, or labelled answers, as text; the word `tN` is token N."""
     examples: list[TokenizedExample]
-    """The same pairs as ids, each answer with its stop token (0)."""
+    """The same as ids, each answer with its stop token (0). Behind a labelled answer stands the one
+    of the row before it in the batch, which TRL puts behind the same prompt."""
 
 
 def materials(prompt: tuple[int, int]) -> Materials:
@@ -70,6 +72,26 @@ def materials(prompt: tuple[int, int]) -> Materials:
     )
 
 
+def labelled(pairs: Materials) -> Materials:
+    """Single answers of the same prompts; of each batch the second is undesirable.
+
+    Policy and reference change places, so that the policy is where it gives mismatched answers
+    more than the reference does: else TRL's and preftune's KL estimate would be 0.
+    """
+    rows, examples = [], []
+    for index, (row, example) in enumerate(zip(pairs.rows, pairs.examples, strict=True)):
+        side = int(index % BATCH == 1)
+        before = index - 1 if index % BATCH else index + BATCH - 1
+        own = example.completions[side]
+        other = pairs.examples[before].completions[int(before % BATCH == 1)]
+        answer = row[("chosen", "rejected")[side]]
+        rows.append({"prompt": row["prompt"], "completion": answer, "label": side == 0})
+        role: Role = "rejected" if side else "chosen"
+        changed = replace(example, completions=(own, other), roles=(role, "mismatched"))
+        examples.append(changed)
+    return Materials(pairs.policy, pairs.reference, rows, examples)
+
+
 def text(ids: tuple[int, ...]) -> str:
     """The words that a `word_tokenizer` turns into `ids`."""
     return " ".join(f"t{i}" for i in ids)
@@ -82,3 +104,5 @@ class Trace:
     losses: list[float]
     grad_norms: list[float]
     """Before clipping."""
+    baselines: list[float] = field(default_factory=list)
+    """preftune's: of labelled answers, the reward that a KL estimate stands for."""

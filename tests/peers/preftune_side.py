@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.config.dpo import DPOConfig
@@ -13,7 +15,7 @@ from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import choose_layout
-from preftune.objective import PairObjective
+from preftune.objective import objective_of
 from preftune.recipes.loss import loss_of
 from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
@@ -59,15 +61,18 @@ def train(
     if config.needs_reference:
         base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)
         choose_layout(base, config.wanted_layout, "auto", LONGEST)
-        store = ReferenceStore(folder, "peers", {})
+        store = ReferenceStore(folder, config.unpaired * "labelled-" + "peers", {})
         reference = reference_logps(
             base, examples, store, layout=layout, device=runtime.device
         ).sums
     training = TrainingConfig(learning_rate=LEARNING_RATE)
     model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
     state = TrainState.at_start(model, optimizer, runtime.device)
-    batcher = RowBatcher(examples, reference, layout, runtime.device)
-    objective = PairObjective(loss_of(config))
+    columns = {}
+    if config.unpaired:
+        columns["is_desirable"] = torch.tensor([e.roles[0] == "chosen" for e in examples])
+    batcher = RowBatcher(examples, reference, layout, runtime.device, columns)
+    objective = objective_of(loss_of(config))
     trace = Trace([], [])
     for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)
@@ -83,5 +88,6 @@ def train(
         means = state.window.means(runtime.all_reduce)
         state.window.clear()
         trace.losses.append(means["loss"])
+        trace.baselines.append(means.get("rewards/baseline", 0.0))
         trace.grad_norms.append(means["grad_norm"])
     return trace

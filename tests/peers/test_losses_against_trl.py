@@ -17,7 +17,7 @@ import pytest
 from preftune.distributed.runtime import Runtime
 from tests.peers import preftune_side
 from tests.peers.cases import CASES, LACKING, Case
-from tests.peers.materials import STEPS, Materials, Trace, materials
+from tests.peers.materials import STEPS, Materials, Trace, labelled, materials
 from tests.peers.preftune_side import config_of
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -43,7 +43,14 @@ def trl_side() -> Any:
 def start() -> Callable[[Case], Materials]:
     """What a case is trained on."""
     usual, one_token = materials((3, 12)), materials((1, 1))
-    return lambda case: one_token if case.one_token_prompts else usual
+    single = labelled(usual)
+
+    def of(case: Case) -> Materials:
+        if case.trainer == "KTO":
+            return single
+        return one_token if case.one_token_prompts else usual
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,8 @@ def trained(start, tmp_path_factory) -> Callable[..., Trace]:
 
 def differences(ours: Trace, theirs: Trace) -> list[str]:
     """Where two trainings differ by more than rounding."""
-    assert all(len(values) == STEPS for trace in (ours, theirs) for values in vars(trace).values())
+    for trace in (ours, theirs):
+        assert len(trace.losses) == len(trace.grad_norms) == STEPS
     return [
         f"{what} of step {step}: preftune {a:.9g}, TRL {b:.9g}"
         for what in ("losses", "grad_norms")
@@ -126,6 +134,13 @@ def test_a_gradient_twice_as_large_is_seen(trained, trl_trained):
 def test_the_policy_is_not_its_reference(trained):
     (dpo,) = (case for case in CASES if case.name == "dpo")
     assert abs(trained(dpo).losses[0] - math.log(2)) > 1e-2
+
+
+def test_the_kl_estimate_of_kto_is_above_0_in_most_steps_and_held_at_it_in_others(trained):
+    (kto,) = (case for case in CASES if case.name == "kto")
+    baselines = trained(kto).baselines
+    assert sum(baseline > 0.1 for baseline in baselines) > STEPS / 2
+    assert 0.0 in baselines
 
 
 def test_every_loss_of_trl_is_compared_or_known_to_be_lacking(trl_side):

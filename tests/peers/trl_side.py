@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -22,6 +22,7 @@ TRAINERS: dict[str, Any] = {
     "DPO": (DPOConfig, DPOTrainer),
     "CPO": (CPOConfig, CPOTrainer),
     "ORPO": (ORPOConfig, ORPOTrainer),
+    "KTO": (KTOConfig, KTOTrainer),
 }
 
 
@@ -83,7 +84,8 @@ def train(case: Case, materials: Materials, folder: Path) -> Trace:
         **case.theirs,
     )
     watch = Watch()
-    reference = {"ref_model": copy.deepcopy(materials.reference)} if case.trainer == "DPO" else {}
+    reads_reference = case.trainer in ("DPO", "KTO")
+    reference = {"ref_model": copy.deepcopy(materials.reference)} if reads_reference else {}
     trainer = trainer_class(
         model=copy.deepcopy(materials.policy),
         args=arguments,
@@ -103,6 +105,8 @@ def _ids(dataset: Dataset) -> list[tuple[tuple[int, ...], ...]]:
     """Prompt, chosen and rejected tokens of each row, as a trainer has prepared them."""
     if "prompt_ids" in dataset.column_names:
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        if "label" in dataset.column_names:
+            columns = ("prompt_ids", "completion_ids", "KL_completion_ids")
         return [tuple(tuple(row[column]) for column in columns) for row in dataset]
     labels = ("chosen_labels", "rejected_labels")
     return [
