@@ -72,6 +72,20 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
     return found
 
 
+def length_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of what takes the length of answers out of the log-probs."""
+    alpha = config.ld_alpha
+    if not 0 <= alpha <= 1:
+        return [Problem("ld_alpha", alpha, "it must be at least 0 and at most 1")]
+    specs = {loss: LOSS_SPECS[loss] for loss in config.loss_types if loss in LOSS_SPECS}
+    for loss, spec in specs.items():
+        if alpha < 1 and (spec.unpaired or not spec.needs_reference):
+            why = "trains on single completions" if spec.unpaired else "reads no reference"
+            message = f"the loss {loss.value} {why} and does not read it; leave it at 1 (off)"
+            return [Problem("ld_alpha", alpha, message, ("loss_type",))]
+    return []
+
+
 @dataclass(kw_only=True)
 class LossChoice:
     """The loss, ahead of its knobs."""
@@ -86,6 +100,11 @@ class LossChoice:
     sft_weight: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the
     loss; 0 (off) or more."""
+
+    ld_alpha: float = 1.0
+    """Weight of an answer's tokens beyond the length of the pair's shorter answer, in the log-probs
+    of policy and reference: 1 (off) down to 0 (they do not count). LD-DPO, against a drift towards
+    long answers; for losses on pairs that read the reference."""
 
 
 @dataclass(kw_only=True)
@@ -158,7 +177,7 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = [*weight_problems(self), *knob_problems(self)]
+        found = [*weight_problems(self), *length_problems(self), *knob_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

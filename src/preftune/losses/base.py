@@ -45,7 +45,8 @@ class PairLogps:
     """
 
     chosen: Float[Tensor, " pairs"]
-    """Policy: sum of per-token log-probs over the scored tokens of the chosen completion, nats."""
+    """Policy: sum of per-token log-probs over the scored tokens of the chosen completion, nats;
+    with `ld_alpha` tokens beyond the length of the pair's shorter completion weigh less in it."""
     rejected: Float[Tensor, " pairs"]
     """The same of the rejected completion."""
     chosen_lengths: Int[Tensor, " pairs"]
@@ -64,12 +65,24 @@ class PairLogps:
     """By how much chosen is said to beat rejected, in units of reward."""
     weight: Float[Tensor, " pairs"] | None = None
     """How much the pair counts; None is 1. Losses leave it to their caller."""
+    plain_chosen: Float[Tensor, " pairs"] | None = None
+    """`chosen` before tokens were weighted (`ld_alpha`); None where they are not."""
+    plain_rejected: Float[Tensor, " pairs"] | None = None
+    """The same of the rejected completion."""
     running: Float[Tensor, " kept"] | None = None
     """What `Loss.next_running` gave for the global batch before; None for the first."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that would broadcast."""
         check_shapes(self, "chosen", "pair")
+
+    @property
+    def plain(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """The policy's sums of both sides with every token at weight 1: its log-likelihoods."""
+        return (
+            self.chosen if self.plain_chosen is None else self.plain_chosen,
+            self.rejected if self.plain_rejected is None else self.plain_rejected,
+        )
 
 
 @dataclass(frozen=True)

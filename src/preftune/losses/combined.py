@@ -15,8 +15,9 @@ class Combined(Loss):
 
     value = Σ_k weight_k·value_k − sft_weight·π_w/|y_w|
 
-    π_w is the policy's summed log-prob of the chosen completion, nats, and |y_w| the number of its
-    scored tokens: a mean over each completion first, then over pairs.
+    π_w is the policy's summed log-prob of the chosen completion, nats, whatever its tokens weigh in
+    the losses (`ld_alpha`), and |y_w| the number of its scored tokens: a mean over each completion
+    first, then over pairs.
 
     Args:
         losses: at least one; the implicit rewards are those of the first.
@@ -84,7 +85,7 @@ class Combined(Loss):
         for result, weight in zip(results[1:], self.weights[1:], strict=True):
             values = values + result.values * weight
         if self.sft_weight:
-            values = values - self.sft_weight * (logps.chosen / logps.chosen_lengths)
+            values = values - self.sft_weight * (logps.plain[0] / logps.chosen_lengths)
         return PairLoss(values, results[0].chosen_rewards, results[0].rejected_rewards)
 
     def value_at_reference(self, logps: PairLogps) -> float | None:
@@ -96,7 +97,9 @@ class Combined(Loss):
         values = [loss.value_at_reference(logps) for loss in self.losses]
         if None in values:
             return None
-        fine_tuning = -mean_on_host(logps.chosen / logps.chosen_lengths) if self.sft_weight else 0.0
+        fine_tuning = 0.0
+        if self.sft_weight:
+            fine_tuning = -mean_on_host(logps.plain[0] / logps.chosen_lengths)
         weighted = zip(self.weights, values, strict=True)
         return sum(w * v for w, v in weighted if v is not None) + self.sft_weight * fine_tuning
 

@@ -67,7 +67,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout = Layout(layout.name, loaded.policy.limits)
+        self.layout = Layout(layout.name, loaded.policy.limits, config.ld_alpha)
         self.sampler = sampler
         self.num_steps = num_steps
         self.began = time.time()
