@@ -212,7 +212,8 @@ def _takes(container: type, kinds: Sequence[Any]) -> bool:
 def _unknown(shown: str, known: Sequence[str], spell: Callable[[str], str]) -> str:
     """What to say of a name that is no option, with the names it may stand for."""
     name = shown.lstrip("-").replace("-", "_").lower()
-    near = [key for key in known if len(name) > 2 and key.startswith(name)][:3]
+    longer = [key for key in known if len(name) > 2 and key.startswith(name)]
+    near = [name] if name in known else longer[:3]
     near = near or get_close_matches(name, known, n=1)
     hint = f"did you mean {' or '.join(map(spell, near))}?" if near else "see --help for all"
     return f"{shown} is not an option; {hint}"

@@ -26,6 +26,15 @@ class ScoringConfig(Section):
     beta: float | None = None
     """Scale of the implicit rewards, above 0; only with a reference model. Unset: 0.1."""
 
+    kl_samples: int | None = None
+    """Sample this many answers from the model, at temperature 1, to prompts of the data, and
+    estimate from them how far it is from the reference: the KL divergence in nats an answer, 2
+    samples or more. Unset: no estimate."""
+
+    kl_max_new_tokens: int | None = None
+    """Most tokens of a sampled answer, 1 or more; the estimate is that of answers cut there.
+    Unset: 256."""
+
     per_device_eval_batch_size: int | None = None
     """Most pairs in one forward on one device, 1 or more. Unset: 8, or any number where
     `max_tokens_per_microbatch` is given."""
@@ -56,6 +65,8 @@ class ScoringConfig(Section):
             self.per_device_eval_batch_size = 8
         if self.beta is None and self.reference_model_name_or_path is not None:
             self.beta = DEFAULT_BETA
+        if self.kl_max_new_tokens is None and self.kl_samples is not None:
+            self.kl_max_new_tokens = 256
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
@@ -66,6 +77,17 @@ class ScoringConfig(Section):
             found.append(Problem("beta", self.beta, message, ("reference_model_name_or_path",)))
         elif self.beta is not None and self.beta <= 0:
             found.append(Problem("beta", self.beta, "it must be above 0"))
+        found += count("kl_samples", self.kl_samples, least=2)
+        found += count("kl_max_new_tokens", self.kl_max_new_tokens)
+        if self.kl_samples is not None and self.reference_model_name_or_path is None:
+            message = "without reference_model_name_or_path there is nothing to be far from"
+            others = ("reference_model_name_or_path",)
+            found.append(Problem("kl_samples", self.kl_samples, message, others))
+        if self.kl_max_new_tokens is not None and self.kl_samples is None:
+            message = "without kl_samples nothing is sampled"
+            found.append(
+                Problem("kl_max_new_tokens", self.kl_max_new_tokens, message, ("kl_samples",))
+            )
         if self.output is not None and not self.output.endswith(".parquet"):
             found.append(Problem("output", self.output, "it must be the path of a .parquet file"))
         return found

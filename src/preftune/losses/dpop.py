@@ -35,7 +35,7 @@ class DPOP(Loss):
 
     Deviates: no. At s_w = 0, where the slope jumps, that of s_w > 0 is taken.
 
-    Settings: β 0.3, λ 50 (the paper); learning rate as for dpo.
+    Settings: β 0.3, λ 50 (the paper); learning rate as for dpo (ours).
 
     Curves: the loss starts at ln 2, may jump once chosen answers fall below the reference, and
     comes back; the chosen reward stays near or above 0.

@@ -34,7 +34,8 @@ class IPO(Loss):
     Deviates: no with "sum". "mean" is TRL's form, which its authors report to be what the paper's
     were trained with; its target of 1/(2β) nats a token is far at the β of "sum".
 
-    Settings: β 0.1 (the paper tries 0.1 to 1 on toy problems); learning rate as for dpo.
+    Settings: β 0.1 (the paper tries 0.1 to 1 on toy problems); learning rate as for dpo (ours: the
+    paper's 1e-2 is for them).
 
     Curves: the loss falls from 1/(4β²) (25 at β = 0.1); margins settle at 1/(2β), rewards at ½.
     """

@@ -42,7 +42,8 @@ class KTO(UnpairedLoss):
     it once; TRL takes z from each micro-batch of each rank, here it is the global batch.
 
     Settings: β 0.1, learning rate 5e-7 to 5e-6, λ_D n_D / (λ_U n_U) between 1 and 1.5 (the paper,
-    section 4.2).
+    section 4.2); at β 0.1 mostly at most 1e-6, global batches of 16 to 128 (the authors, in TRL's
+    docs).
 
     Curves: the loss starts at the mean of λ/2 and falls towards 0; it saturates on both sides, so
     completions that are far off count little.

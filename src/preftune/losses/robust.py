@@ -41,7 +41,8 @@ class Robust(MarginLoss):
 
     Deviates: no. With ε = 0, TRL's default, it would be DPO; the default here is the paper's 0.1.
 
-    Settings: β 0.1, ε 0.1 (the paper, section 6 and appendix B); learning rate as for dpo.
+    Settings: β 0.1, ε 0.1 (the paper, section 6 and appendix B); learning rate as for dpo (ours:
+    the paper's is 1e-3, appendix B).
 
     Curves: the loss falls from ln 2 and may pass 0; rewards drift apart without end, so stop early.
     """

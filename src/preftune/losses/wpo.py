@@ -45,7 +45,7 @@ class WPO(Loss):
     Deviates: greedy alignment, the paper's third, is not offered. TRL has no cap: `wpo_cap` "none".
     The values are averaged over pairs, not over the weights' sum, as in the authors' code.
 
-    Settings: β 0.01 in the paper (section 4), 0.1 here as for dpo; learning rate as for dpo.
+    Settings: β 0.01 in the paper (section 4), 0.1 here as for dpo; learning rate as for dpo (ours).
 
     Curves: as dpo's, times the mean weight, which falls as answers leave what the policy writes.
     """

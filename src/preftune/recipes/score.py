@@ -9,20 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import sorted_batches
+from preftune.batching.micro_batches import RowSizes, sorted_batches
 from preftune.config.model import ModelConfig
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError
+from preftune.evaluation.samples import sampled_answers
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
 from preftune.model.layout_choice import choose_layout
-from preftune.model.load import check_model_files, load_model
-from preftune.objective import as_pairs
+from preftune.model.load import LoadedModel, check_model_files, load_model
 from preftune.recipes.pairs import (
     check_fits_model,
     load_dataset_pairs,
@@ -61,6 +62,10 @@ class ScoreSummary:
     """Share of pairs with the higher implicit reward on the chosen side; None without reference."""
     reward_margin: float | None
     """Mean of beta x (chosen - rejected logratio); None without reference."""
+    kl: float | None
+    """Estimate of KL(model ‖ reference) in nats an answer, from samples; None unless asked for."""
+    kl_error: float | None
+    """Its standard error."""
     output: str | None
 
     def __str__(self) -> str:
@@ -76,6 +81,8 @@ class ScoreSummary:
                 f"rewards/accuracies         {self.reward_accuracy:.4f}",
                 f"rewards/margins (mean)     {self.reward_margin:.4f}",
             ]
+        if self.kl is not None and self.kl_error is not None:
+            lines.append(f"KL, nats an answer         {self.kl:.4f} ± {self.kl_error:.4f}")
         if self.output:
             lines.append(f"per pair                   {self.output}")
         return "\n".join(lines)
@@ -119,8 +126,29 @@ def score(config: ScoreConfig) -> ScoreSummary:
     )
     for model_config in models:
         check_fits_model(model_config, dataset)
-    scores = [score_model(m, dataset.examples, runtime, display, config) for m in models]
-    policy, reference = scores[0], (scores[1] if len(scores) > 1 else None)
+
+    def pairs_under(opened: OpenModel) -> PairScores:
+        with display.stage("score", len(dataset.examples), "pair") as update:
+            return score_examples(
+                opened.model,
+                dataset.examples,
+                opened.layout,
+                runtime.device,
+                update,
+                rows=config.per_device_eval_batch_size,
+                max_tokens=config.max_tokens_per_microbatch,
+            )
+
+    longest = int(dataset.examples.longest_side.max())
+    opened = open_model(config, longest, runtime, display, config)
+    policy, reference, far = pairs_under(opened), None, None
+    samples = _sample(opened, dataset.examples, tokenizer, display, config)
+    drawn = _logps_of_samples(opened, samples, config, runtime)
+    if len(models) > 1:
+        del opened  # memory holds one model at a time
+        opened = open_model(models[1], longest, runtime, display, config)
+        reference = pairs_under(opened)
+        far = drawn - _logps_of_samples(opened, samples, config, runtime)
     if config.output:
         write_scores(Path(config.output), dataset.examples, policy, reference, config.beta)
     margins = None
@@ -135,21 +163,32 @@ def score(config: ScoreConfig) -> ScoreSummary:
         likelihood_accuracy=policy.likelihood_accuracy,
         reward_accuracy=None if margins is None else float((margins > 0).mean()),
         reward_margin=None if margins is None else float(margins.mean()),
+        kl=float(far.mean()) if samples and far is not None else None,
+        kl_error=float(far.std(ddof=1) / len(far) ** 0.5) if samples and far is not None else None,
         output=config.output,
     )
 
 
-def score_model(
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to score."""
+
+    loaded: LoadedModel
+    model: torch.nn.Module
+    """The same, as the runtime has prepared it."""
+    layout: Layout
+
+
+def open_model(
     model_config: ModelConfig,
-    examples: TokenRows,
+    longest: int,
     runtime: Runtime,
     display: ProgressDisplay,
     config: ScoreConfig,
-) -> PairScores:
-    """Load one model and score every pair with it."""
+) -> OpenModel:
+    """Load a model, and choose how rows of at most `longest` tokens a side go through it."""
     display.say(f"loading {model_config.model_name_or_path}")
     loaded = load_model(model_config, runtime.device)
-    longest = int(examples.longest_side.max())
     layout = choose_layout(
         loaded.policy,
         config.forward_layout,
@@ -161,19 +200,47 @@ def score_model(
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)
-    with display.stage("score", len(examples), "pair") as update:
-        return score_examples(
-            model,
-            examples,
-            Layout(layout.name, loaded.policy.limits),
-            runtime.device,
+    return OpenModel(loaded, model, Layout(layout.name, loaded.policy.limits))
+
+
+def _sample(
+    opened: OpenModel,
+    examples: TokenRows,
+    tokenizer: PreTrainedTokenizerBase,
+    display: ProgressDisplay,
+    config: ScoreConfig,
+) -> list[TokenizedExample]:
+    """Answers of the model to the data's prompts, for the KL estimate; none unless asked for."""
+    if config.kl_samples is None or config.kl_max_new_tokens is None:
+        return []
+    _, first = np.unique(examples.prompt_keys, return_index=True)
+    prompts = [examples[int(row)] for row in np.sort(first)[: config.kl_samples]]
+    with display.stage("sample", config.kl_samples, "answer") as update:
+        return sampled_answers(
+            opened.loaded.policy.model,
+            tokenizer,
+            prompts,
+            config.kl_samples,
+            config.kl_max_new_tokens,
             update,
-            rows=config.per_device_eval_batch_size,
-            max_tokens=config.max_tokens_per_microbatch,
         )
 
 
-@torch.no_grad()
+def _logps_of_samples(
+    opened: OpenModel, samples: list[TokenizedExample], config: ScoreConfig, runtime: Runtime
+) -> np.ndarray:
+    sums = answer_logps(
+        opened.model,
+        samples,
+        RowSizes.of(samples),
+        opened.layout,
+        runtime.device,
+        rows=config.per_device_eval_batch_size,
+        max_tokens=config.max_tokens_per_microbatch,
+    )
+    return sums[:, 0]
+
+
 def score_examples(
     model: torch.nn.Module,
     examples: TokenRows,
@@ -184,28 +251,46 @@ def score_examples(
     rows: int | None = None,
     max_tokens: int | None = None,
 ) -> PairScores:
-    """Log-prob sums of every pair under a prepared model.
+    """Log-prob sums of every pair under a prepared model; arguments as `answer_logps`."""
+    sums = answer_logps(
+        model, examples, examples.sizes, layout, device, update, rows=rows, max_tokens=max_tokens
+    )
+    return PairScores(sums[:, 0], sums[:, 1])
+
+
+@torch.no_grad()
+def answer_logps(
+    model: torch.nn.Module,
+    examples: Sequence[TokenizedExample],
+    sizes: RowSizes,
+    layout: Layout,
+    device: torch.device,
+    update: Callable[[int], None] = lambda done: None,
+    *,
+    rows: int | None = None,
+    max_tokens: int | None = None,
+) -> np.ndarray:
+    """(rows, answers) Log-prob sums of every answer under a prepared model, nats, fp64.
 
     Args:
         model: in eval mode.
-        examples: the pairs.
+        examples: rows with the same number of answers each.
+        sizes: theirs.
         layout: how they go through the model.
         device: of the model.
-        update: called with the number of pairs done.
-        rows: most pairs of a forward; None for any number.
+        update: called with the number of rows done.
+        rows: most rows of a forward; None for any number.
         max_tokens: most token positions of a forward; None for any number.
     """
     batcher = RowBatcher(examples, None, layout, device)
-    chosen = np.full(len(examples), math.nan)
-    rejected = np.full(len(examples), math.nan)
+    sums = np.full((len(sizes), sizes.lengths.shape[-1] - 1 if len(sizes) else 1), math.nan)
     done = 0
-    for batch in sorted_batches(examples.sizes, layout.name, rows=rows, max_tokens=max_tokens):
-        logps = as_pairs(pair_logps(model, batcher(batch).layout), None)
-        chosen[batch] = logps.chosen.cpu().numpy()
-        rejected[batch] = logps.rejected.cpu().numpy()
+    for batch in sorted_batches(sizes, layout.name, rows=rows, max_tokens=max_tokens):
+        result = pair_logps(model, batcher(batch).layout)
+        sums[batch] = result.sums.view(len(batch), -1).cpu().numpy()
         done += len(batch)
         update(done)
-    return PairScores(chosen, rejected)
+    return sums
 
 
 def write_scores(

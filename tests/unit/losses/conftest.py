@@ -1,6 +1,6 @@
-"""Builders of pairs, and the one comparison every loss's oracle goes through."""
+"""Builders of pairs and completions, and the comparison every loss's oracle goes through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mpmath
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from preftune.losses import Loss, PairLogps
+from preftune.losses import CompletionLogps, Loss, PairLogps, UnpairedLoss
 
 # A machine with other work on it takes seconds where milliseconds are due.
 settings.register_profile("no deadline", deadline=None)
@@ -61,6 +61,64 @@ def batch(pairs: list[Pair], dtype: torch.dtype = torch.float64, grad: bool = Fa
     )
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One labelled completion in plain numbers: log-prob sums in nats, its length in tokens."""
+
+    policy: float
+    reference: float
+    is_desirable: bool
+    mismatched: float = -30.0
+    mismatched_reference: float = -30.0
+    length: int = 4
+
+    @property
+    def logratio(self) -> float:
+        return self.policy - self.reference
+
+    @property
+    def mismatched_logratio(self) -> float:
+        return self.mismatched - self.mismatched_reference
+
+
+# Log-ratios and, behind them, mismatched ones.
+COMPLETIONS = {
+    "desirable": Completion(-10.0, -12.0, True, -20.0, -21.5),  # 2; 1.5
+    "undesirable": Completion(-9.0, -6.0, False, -25.5, -25.0),  # -3; -0.5
+    "desirable_down": Completion(-10.0, -7.25, True, -30.0, -27.75),  # -2.75; -2.25
+    "undesirable_up": Completion(-6.0, -7.5, False, -12.0, -15.0),  # 1.5; 3
+    "desirable_far": Completion(-20.0, -5020.0, True, -20.0, -50.0),  # 5000; 30
+    "undesirable_far": Completion(-20.0, -5020.0, False, -80.0, -50.0),  # 5000; -30
+    "long": Completion(-700.25, -710.75, True, -900.5, -899.0, 512),  # 10.5; -1.5
+}
+BATCHES = {
+    "first": ("desirable", "undesirable"),  # the mismatched mean is 0.5
+    "one_desirable": ("desirable",),
+    "one_undesirable": ("undesirable",),  # -0.5
+    "one_label": ("desirable", "desirable_down", "long"),  # -0.75
+    "other_label": ("undesirable", "undesirable_up"),  # 1.25
+    "mixed": ("desirable", "undesirable_up", "desirable_down", "undesirable", "long"),
+    "far": tuple(COMPLETIONS),
+}
+
+
+def completion_batch(
+    rows: Sequence[Completion], dtype: torch.dtype = torch.float64, grad: bool = False
+) -> CompletionLogps:
+    def floats(name: str, requires_grad: bool = False) -> torch.Tensor:
+        values = [getattr(row, name) for row in rows]
+        return torch.tensor(values, dtype=dtype, requires_grad=requires_grad)
+
+    return CompletionLogps(
+        policy=floats("policy", grad),
+        lengths=torch.tensor([row.length for row in rows]),
+        is_desirable=torch.tensor([row.is_desirable for row in rows]),
+        reference=floats("reference"),
+        mismatched=floats("mismatched"),
+        mismatched_reference=floats("mismatched_reference"),
+    )
+
+
 Formula = Callable[..., mpmath.mpf]
 
 
@@ -83,6 +141,30 @@ def assert_is_formula(loss: Loss, pair: Pair, formula: Formula) -> None:
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert [g.item() for g in got] == pytest.approx(slopes, rel=1e-9, abs=1e-9)
+
+
+def assert_each_is_formula(
+    loss: UnpairedLoss, logps: CompletionLogps, formulas: Sequence[Formula]
+) -> None:
+    """The loss of each completion and its derivative are those of a scalar formula, to 1e-9.
+
+    Args:
+        loss: under test.
+        logps: of the batch, in float64.
+        formulas: of the policy's sum, one for each completion; what the loss takes of the whole
+            batch is a constant in it, as it must be to the gradient.
+    """
+    logps = replace(logps, policy=logps.policy.detach().requires_grad_())
+    values = loss(logps).values
+    (got,) = torch.autograd.grad(values.sum(), logps.policy)
+    with mpmath.workdps(50):
+        at = [mpmath.mpf(x) for x in logps.policy.tolist()]
+        each = list(zip(formulas, at, strict=True))
+        expected = [float(formula(x)) for formula, x in each]
+        slopes = [float(mpmath.diff(formula, x)) for formula, x in each]
+    assert values.dtype == torch.float64
+    assert values.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert got.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-9)
 
 
 @pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
@@ -114,3 +196,34 @@ def at_reference() -> PairLogps:
         for n in chosen
     ]
     return batch(three)
+
+
+@pytest.fixture(params=BATCHES.values(), ids=BATCHES.keys())
+def rows(request: pytest.FixtureRequest) -> list[Completion]:
+    """A batch of labelled completions."""
+    return [COMPLETIONS[name] for name in request.param]
+
+
+@pytest.fixture(scope="session")
+def completions() -> dict[str, Completion]:
+    return COMPLETIONS
+
+
+@pytest.fixture(scope="session")
+def make_completions() -> Callable[..., CompletionLogps]:
+    return completion_batch
+
+
+@pytest.fixture(scope="session")
+def check_each() -> Callable[[UnpairedLoss, CompletionLogps, Sequence[Formula]], None]:
+    return assert_each_is_formula
+
+
+@pytest.fixture(scope="session")
+def completions_at_reference() -> CompletionLogps:
+    """Two desirable completions and an undesirable one; policy equals reference."""
+    three = [
+        replace(row, reference=row.policy, mismatched_reference=row.mismatched)
+        for row in (COMPLETIONS[n] for n in ("desirable", "undesirable", "long"))
+    ]
+    return completion_batch(three)

@@ -1,8 +1,7 @@
-"""What config, the step and the checks may rely on, for every loss there is."""
+"""What config, the step and the checks may rely on: every loss by its name, and those on pairs."""
 
 import dataclasses
 import inspect
-import math
 
 import jaxtyping
 import pytest
@@ -10,31 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.losses import LOSS_SPECS, DPOLossType, Loss, PairLogps, make_loss
+from preftune.losses import LOSS_SPECS, DPOLossType, Loss, PairLogps, UnpairedLoss, make_loss
 from preftune.losses.knobs import KNOBS
+from tests.loss_knobs import ON_PAIRS, knobs_given, other_value
 
-every_loss = pytest.mark.parametrize("loss_type", DPOLossType)
+every_name = pytest.mark.parametrize("loss_type", DPOLossType)
+every_loss = pytest.mark.parametrize("loss_type", ON_PAIRS)
 nats = st.floats(-500, 0, allow_subnormal=False)
-
-
-def other_value(loss_type: DPOLossType, name: str) -> float | str:
-    """A legal value of a knob besides the loss's default."""
-    knob, default = LOSS_SPECS[loss_type].knob(name), LOSS_SPECS[loss_type].knobs[name]
-    if knob.choices:
-        return next(word for word in knob.choices if word != default)
-    low = max(knob.numbers.low, 0.0)
-    high = knob.numbers.high if math.isfinite(knob.numbers.high) else low + 1.5
-    return low + (high - low) / (2 if default != low + (high - low) / 2 else 3)
-
-
-def knobs_given(loss_type: DPOLossType) -> dict[str, float | str]:
-    """Another value for every knob that a loss can read at once."""
-    needed = {
-        other.name: other.value
-        for name in LOSS_SPECS[loss_type].knobs
-        if (other := KNOBS[name].only_with)
-    }
-    return {name: other_value(loss_type, name) for name in LOSS_SPECS[loss_type].knobs} | needed
 
 
 def variants(loss_type: DPOLossType) -> list[dict[str, float | str]]:
@@ -47,7 +28,7 @@ def variants(loss_type: DPOLossType) -> list[dict[str, float | str]]:
 
 every_variant = pytest.mark.parametrize(
     ("loss_type", "knobs"),
-    [(loss, knobs) for loss in DPOLossType for knobs in variants(loss)],
+    [(loss, knobs) for loss in ON_PAIRS for knobs in variants(loss)],
     ids=lambda part: "-".join(map(str, part.values())) if isinstance(part, dict) else str(part),
 )
 
@@ -59,16 +40,16 @@ def one(*sums: float, lengths=(1, 1), dtype=torch.float64) -> PairLogps:
     return PairLogps(*policy, *(torch.tensor([n]) for n in lengths), *rest)
 
 
-@every_loss
+@every_name
 def test_the_name_makes_the_loss_with_its_own_defaults(loss_type):
     loss = make_loss(loss_type)
     assert loss.loss_type is loss_type
-    assert isinstance(loss, Loss)
+    assert isinstance(loss, UnpairedLoss if LOSS_SPECS[loss_type].unpaired else Loss)
     assert type(loss).__module__ == f"preftune.losses.{loss_type.value}"
     assert dataclasses.asdict(loss) == dict(LOSS_SPECS[loss_type].knobs)
 
 
-@every_loss
+@every_name
 def test_every_knob_given_arrives(loss_type):
     given_values = knobs_given(loss_type)
     assert dataclasses.asdict(make_loss(loss_type, **given_values)) == given_values
@@ -87,7 +68,7 @@ def test_every_knob_moves_the_value(loss_type, pairs, make_batch):
         assert (moved.values - plain).abs().max() > 1e-4, name
 
 
-@every_loss
+@every_name
 def test_the_docstring_says_everything_that_the_docs_need(loss_type):
     """`docs/losses.md` is made of it."""
     doc = inspect.getdoc(type(make_loss(loss_type)))
@@ -108,7 +89,7 @@ def test_the_docstring_says_everything_that_the_docs_need(loss_type):
     ]
 
 
-@every_loss
+@every_name
 def test_knobs_of_others_and_unknown_ones_are_refused(loss_type):
     for name, knob in KNOBS.items():
         value = knob.choices[0] if knob.choices else 0.25
@@ -124,7 +105,7 @@ def test_knobs_of_others_and_unknown_ones_are_refused(loss_type):
         make_loss(loss_type, bta=0.1)
 
 
-@every_loss
+@every_name
 def test_knobs_out_of_range_are_refused_all_at_once(loss_type):
     bad = {name: -1.0 for name in LOSS_SPECS[loss_type].applying({}) if not KNOBS[name].choices}
     with pytest.raises(ValueError) as caught:
@@ -312,7 +293,7 @@ def test_rewards_are_detached_and_no_step_reads_a_value_on_the_host(
         result.values.sum().item()
 
 
-@every_loss
+@every_name
 def test_losses_are_frozen_and_equal_by_their_knobs(loss_type):
     loss = make_loss(loss_type)
     assert loss == make_loss(loss_type, beta=LOSS_SPECS[loss_type].knobs["beta"])

@@ -108,6 +108,8 @@ def test_documented_defaults() -> None:
         "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0},
         "beta_dpo": {"beta": 0.1, "beta_dpo_alpha": 0.6, "beta_dpo_momentum": 0.9},
         "cpo": {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "cpo_nll": "sum"},
+        "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        "bco": {"beta": 0.1, "bco_momentum": 0.9},
     }
 
 
