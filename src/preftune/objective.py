@@ -174,7 +174,8 @@ class PairObjective(Objective[PairLogps]):
     def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
         """The log-probs that the loss reads, a dummy's too."""
         sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
-        return as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+        logps = as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+        return replace(logps, mean_chosen_length=micro_batch.mean_chosen_length)
 
     def sides(self, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Policy, reference and lengths by kind of answer; empty without a reference."""
@@ -319,7 +320,7 @@ def as_completions(
 
 def rows_of(logps: PairLogps | CompletionLogps) -> dict[str, Tensor]:
     """The tensors that have one entry a row, by name."""
-    return {k: v for k, v in vars(logps).items() if v is not None and k != "running"}
+    return {k: v for k, v in vars(logps).items() if isinstance(v, Tensor) and k != "running"}
 
 
 def gathered(

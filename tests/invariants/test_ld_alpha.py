@@ -4,14 +4,12 @@ The oracle is plain transformers in float64, one unpadded row at a time, with we
 """
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from preftune import train
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout, build_layout
 from preftune.losses import DPOLossType, combine, make_loss
@@ -22,7 +20,6 @@ from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
-from tests.runs import read_metrics, tiny_config
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -135,45 +132,3 @@ def test_the_reference_is_scored_once_for_every_alpha(tmp_path):
         # What is stored is float32.
         torch.testing.assert_close(logps.ref_chosen, logps.chosen, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logps.ref_rejected, logps.rejected, rtol=1e-6, atol=1e-6)
-
-
-SHAPES = {
-    "8x1": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    "budget": {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "max_tokens_per_microbatch": 60,
-    },
-    "padded": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "forward_layout": "concatenated",
-    },
-}
-
-
-def run(root, name: str, **settings) -> list[dict[str, float]]:
-    options = {"learning_rate": 1e-4, "output_dir": root / name, "test_size": 0.25}
-    options |= {"eval_strategy": "epoch"}
-    train(tiny_config(root, **options | settings))
-    return read_metrics(root / name)
-
-
-@pytest.mark.parametrize("loss_type", ["dpo", "aot"])
-def test_how_a_batch_is_cut_changes_nothing(tmp_path, loss_type):
-    options = {"loss_type": loss_type, "ld_alpha": ALPHA, "sft_weight": 0.1}
-    runs = {name: run(tmp_path, name, **options, **shape) for name, shape in SHAPES.items()}
-    for other in runs.values():
-        assert len(other) == len(runs["8x1"])
-        for one, line in zip(runs["8x1"], other, strict=True):
-            ignored = {"num_tokens"}
-            if abs(one["rewards/margins"]) < 1e-6:  # the policy is the reference: the last bit
-                ignored |= {"logratios/displaced", "rewards/accuracies"}
-            for key in one.keys() - ignored:
-                assert line[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), key
-    off = run(tmp_path, "off", **options | {"ld_alpha": 1.0}, **SHAPES["8x1"])
-    manifest = json.loads((tmp_path / "off" / "run.json").read_text())
-    assert manifest["reference"]["reference"]["computed"] == 0
-    assert off[0]["logps/rejected"] == pytest.approx(runs["8x1"][0]["logps/rejected"])
-    assert off[0]["grad_norm"] != pytest.approx(runs["8x1"][0]["grad_norm"], rel=1e-3)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.config.dpo import DPOConfig
@@ -54,7 +56,7 @@ def train(
     examples = materials.examples
     policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
     choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
-    layout = Layout(choice.name, policy.limits)
+    layout = Layout(choice.name, policy.limits, config.ld_alpha)
     reference = None
     if config.needs_reference:
         base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)
@@ -66,14 +68,18 @@ def train(
     training = TrainingConfig(learning_rate=LEARNING_RATE)
     model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
     state = TrainState.at_start(model, optimizer, runtime.device)
-    batcher = RowBatcher(examples, reference, layout, runtime.device)
+    lengths = np.array([example.completions[0].num_scored for example in examples])
+    batcher = RowBatcher(examples, reference, layout, runtime.device, chosen_lengths=lengths)
     objective = PairObjective(loss_of(config))
     trace = Trace([], [])
     for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)
         train_step(
             state,
-            [batcher(rows[at : at + MICRO_BATCH]) for at in range(0, BATCH, MICRO_BATCH)],
+            [
+                batcher.place(batcher.lay_out(rows[at : at + MICRO_BATCH], rows))
+                for at in range(0, BATCH, MICRO_BATCH)
+            ],
             objective,
             runtime,
             num_rows=BATCH,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from preftune.config.problem import Problem
 from preftune.config.section import Section
-from preftune.losses.knobs import KNOBS, LossKnobs
+from preftune.losses.knobs import KNOBS, LossKnobs, MeanOver
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
@@ -69,6 +69,9 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
         found.append(Problem(key, value, message, ("loss_type",)))
     if config.sft_weight < 0:
         found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
+    elif config.sft_weight == 0 and config.sft_reduction is not None:
+        message = "sft_weight is 0 (off), so nothing reads it; set sft_weight, or leave it unset"
+        found.append(Problem("sft_reduction", config.sft_reduction, message, ("sft_weight",)))
     return found
 
 
@@ -100,6 +103,10 @@ class LossChoice:
     sft_weight: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the
     loss; 0 (off) or more."""
+
+    sft_reduction: MeanOver | None = None
+    """What that mean is over. sequence: the tokens of each answer first, then the pairs, each
+    counting the same; token: all chosen tokens of the global batch. Unset: sequence."""
 
     ld_alpha: float = 1.0
     """Weight of an answer's tokens beyond the length of the pair's shorter answer, in the log-probs
@@ -154,6 +161,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
     def reads_mismatched(self) -> bool:
         """Whether the loss reads another row's answer behind each prompt."""
         return any(LOSS_SPECS[loss].reads_mismatched for loss in self.loss_types)
+
+    @property
+    def reads_mean_length(self) -> bool:
+        """Whether the loss takes a mean over all chosen tokens of the global batch."""
+        return "token" in (self.sft_reduction, self.cpo_nll)
 
     @property
     def needs_reference(self) -> bool:
