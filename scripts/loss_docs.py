@@ -8,14 +8,14 @@ matplotlib (`pip install -e '.[dev]'`).
 """
 
 import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
 from preftune.config.docs import field_docs
-from preftune.config.dpo import DPOConfig
+from preftune.config.dpo import DPOConfig, LossChoice
 from preftune.losses import (
     KNOBS,
     LOSS_SPECS,
@@ -65,14 +65,29 @@ drawn: both labels' mean rewards are 0, and so is what the rewards are compared 
 """
 
 
+_MODIFIERS = """\
+## Around the losses on pairs
+
+With `ld_alpha` α (LD-DPO, arXiv:2409.06411), π and ρ of a completion are
+Σ_{t≤m} log p(y_t) + α·Σ_{t>m} log p(y_t), m = min(|y_w|, |y_l|), wherever a log-ratio is made of
+them. |y|, the weights of wpo, fine-tuning and the metrics `logps/*` keep all tokens alike.
+
+"""
+
+
 def page() -> str:
     """The text of docs/losses.md."""
     rows = "".join(_row(loss_type) for loss_type in DPOLossType)
     expected = "".join(_expectation(loss_type) for loss_type in DPOLossType)
     knobs = field_docs(DPOConfig)
     listed = "".join(f"- `{name}` ({KNOBS[name].range}): {knobs[name]}\n" for name in KNOBS)
+    around = [field.name for field in fields(LossChoice) if field.name != "loss_type"]
+    added = "".join(f"- `{name}`: {knobs[name]}\n" for name in around)
     each = "\n".join(_section(loss_type) for loss_type in DPOLossType)
-    return f"{_INTRODUCTION}{rows}{_EXPECTATIONS}{expected}\n## Knobs\n\n{listed}\n{each}"
+    return (
+        f"{_INTRODUCTION}{rows}{_EXPECTATIONS}{expected}\n{_MODIFIERS}{added}"
+        f"\n## Knobs\n\n{listed}\n{each}"
+    )
 
 
 def _row(loss_type: DPOLossType) -> str:

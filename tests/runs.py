@@ -11,6 +11,22 @@ from preftune import ExperimentConfig
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
+SHAPES = {
+    "8x1": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "budget": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_tokens_per_microbatch": 60,
+    },
+    "padded": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "forward_layout": "concatenated",
+    },
+}
+"""Ways to cut the same global batch of 8."""
+
 
 def tiny_model_folder(folder: Path) -> Path:
     """A random tiny Llama with its tokenizer, in the Hugging Face format."""

@@ -174,7 +174,8 @@ class PairObjective(Objective[PairLogps]):
     def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
         """The log-probs that the loss reads, a dummy's too."""
         sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
-        return as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+        logps = as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+        return replace(logps, mean_chosen_length=micro_batch.mean_chosen_length)
 
     def sides(self, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Policy, reference and lengths by kind of answer; empty without a reference."""
@@ -243,13 +244,14 @@ def objective_of(loss: Loss | UnpairedLoss) -> PairObjective | CompletionObjecti
 
 def _pair_metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:
     chosen, rejected = logps.chosen.detach(), logps.rejected.detach()
+    plain_chosen, plain_rejected = logps.plain
     metrics = {
         "rewards/chosen": result.chosen_rewards,
         "rewards/rejected": result.rejected_rewards,
         "rewards/margins": result.chosen_rewards - result.rejected_rewards,
         "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).double(),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
+        "logps/chosen": plain_chosen.detach(),
+        "logps/rejected": plain_rejected.detach(),
     }
     if logps.ref_chosen is not None and logps.ref_rejected is not None:
         metrics |= {
@@ -280,11 +282,15 @@ def _completion_metrics(logps: CompletionLogps, result: CompletionLoss) -> dict[
 
 def as_pairs(sequences: SequenceLogps, reference: Tensor | None, columns: Any = None) -> PairLogps:
     """Split answers, numbered pair by pair, into the chosen and the rejected side."""
-    sums, lengths = sequences.sums.view(-1, 2), sequences.lengths.view(-1, 2)
+    plain, lengths = sequences.sums.view(-1, 2), sequences.lengths.view(-1, 2)
+    weighted = None if sequences.weighted is None else sequences.weighted.view(-1, 2)
+    sums = plain if weighted is None else weighted
     alignment = None if sequences.alignment is None else sequences.alignment.view(-1, 2)
     return PairLogps(
         chosen=sums[:, 0],
         rejected=sums[:, 1],
+        plain_chosen=None if weighted is None else plain[:, 0],
+        plain_rejected=None if weighted is None else plain[:, 1],
         chosen_lengths=lengths[:, 0],
         rejected_lengths=lengths[:, 1],
         ref_chosen=None if reference is None else reference[:, 0],
@@ -314,7 +320,7 @@ def as_completions(
 
 def rows_of(logps: PairLogps | CompletionLogps) -> dict[str, Tensor]:
     """The tensors that have one entry a row, by name."""
-    return {k: v for k, v in vars(logps).items() if v is not None and k != "running"}
+    return {k: v for k, v in vars(logps).items() if isinstance(v, Tensor) and k != "running"}
 
 
 def gathered(

@@ -10,23 +10,8 @@ import pytest
 
 from preftune import train
 from preftune.errors import DataError
-from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import SHAPES, arguments, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, write_jsonl
-
-SHAPES = {
-    "8x1": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    "budget": {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "max_tokens_per_microbatch": 60,
-    },
-    "padded": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "forward_layout": "concatenated",
-    },
-}
 
 
 def labelled(root: Path, number: int = 21) -> Path:

@@ -21,7 +21,7 @@ class Case:
     their_micro_batch: int = 2
     """Pairs of a micro-batch in TRL. 1 where it takes a mean over the tokens of a micro-batch: of
     one pair that is the mean over its tokens. `BATCH` where it compares the pairs of a micro-batch
-    with each other: preftune compares those of the step."""
+    with each other, or preftune takes the mean over tokens, too: of those of the step."""
     one_token_prompts: bool = False
     """For ORPO, whose fine-tuning term counts the prompt's tokens in TRL, all but the first."""
 
@@ -140,6 +140,46 @@ _LABELLED = (
     ),
 )
 
+_SHORTER = {"ld_alpha": 0.3}
+_WITH_SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
+_MODIFIED = (
+    Case("dpo, ld_alpha", {**_SHORTER, **_HALF}, {"loss_type": "dpo", **_SHORTER, **_HALF}),
+    Case(
+        "ipo, ld_alpha",
+        {"loss_type": ["ipo"], **_SHORTER, **_HALF},
+        {"loss_type": "ipo", **_SHORTER, **_HALF},
+        {"ipo_log_ratios": "mean"},
+    ),
+    Case(
+        "wpo, ld_alpha",
+        {"use_weighting": True, **_SHORTER},
+        {"loss_type": "wpo", **_SHORTER},
+        {"wpo_cap": "none"},
+    ),
+    Case(
+        "dpo + sft, tokens",
+        _WITH_SFT,
+        {"loss_type": "dpo", "sft_weight": 0.2},
+        {"sft_reduction": "token"},
+        their_micro_batch=BATCH,
+    ),
+    Case(
+        "dpo + sft, tokens, ld_alpha",
+        {**_WITH_SFT, **_SHORTER},
+        {"loss_type": "dpo", "sft_weight": 0.2, **_SHORTER},
+        {"sft_reduction": "token"},
+        their_micro_batch=BATCH,
+    ),
+    Case(
+        "cpo, tokens",
+        {},
+        {"loss_type": "cpo"},
+        {"cpo_nll": "token"},
+        trainer="CPO",
+        their_micro_batch=BATCH,
+    ),
+)
+
 _DIVERGENCES = {
     "forward_kl": ({"f_divergence_type": "forward_kl"}, {"f_divergence": "forward_kl"}),
     "js": ({"f_divergence_type": "js_divergence"}, {"f_divergence": "js"}),
@@ -156,6 +196,7 @@ CASES = (
     *_SUMS,
     *_WITHOUT_REFERENCE,
     *_LABELLED,
+    *_MODIFIED,
     *(
         Case(f"{case.name}, {name}", {**case.theirs, **theirs}, {**case.ours, **ours})
         for case in _LOSSES

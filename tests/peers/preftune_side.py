@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from preftune.batching.batcher import RowBatcher
@@ -56,7 +57,7 @@ def train(
     examples = materials.examples
     policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
     choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
-    layout = Layout(choice.name, policy.limits)
+    layout = Layout(choice.name, policy.limits, config.ld_alpha)
     reference = None
     if config.needs_reference:
         base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)
@@ -71,14 +72,20 @@ def train(
     columns = {}
     if config.unpaired:
         columns["is_desirable"] = torch.tensor([e.roles[0] == "chosen" for e in examples])
-    batcher = RowBatcher(examples, reference, layout, runtime.device, columns)
+    lengths = np.array([example.completions[0].num_scored for example in examples])
+    batcher = RowBatcher(
+        examples, reference, layout, runtime.device, columns, chosen_lengths=lengths
+    )
     objective = objective_of(loss_of(config))
     trace = Trace([], [])
     for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)
         train_step(
             state,
-            [batcher(rows[at : at + MICRO_BATCH]) for at in range(0, BATCH, MICRO_BATCH)],
+            [
+                batcher.place(batcher.lay_out(rows[at : at + MICRO_BATCH], rows))
+                for at in range(0, BATCH, MICRO_BATCH)
+            ],
             objective,
             runtime,
             num_rows=BATCH,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ class MicroBatch:
     """What else the data say of each row: `margin`, `weight`, `is_desirable`; (rows,) each."""
     trained: PairLayout | None = None
     """Of the answers that the gradient goes through; None where these are all."""
+    mean_chosen_length: float | None = None
+    """Scored tokens of a chosen answer, a mean over the global batch; None where nothing reads it,
+    and where these rows are all of it."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,14 @@ class LaidOut:
     trained: PairLayout | None
     rows: Tensor
     num_rows: int
+    mean_chosen_length: float | None
 
     def pinned(self) -> "LaidOut":
         """The same in memory from which a copy to the device need not be waited for."""
         trained = None if self.trained is None else self.trained.pinned()
-        return LaidOut(self.layout.pinned(), trained, self.rows.pin_memory(), self.num_rows)
+        return replace(
+            self, layout=self.layout.pinned(), trained=trained, rows=self.rows.pin_memory()
+        )
 
 
 @dataclass(frozen=True)
@@ -52,23 +59,32 @@ class RowBatcher:
     """Where micro-batches go; `reference` and `columns` are there."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """As in `MicroBatch`, for all rows."""
+    chosen_lengths: np.ndarray | None = None
+    """(rows,) Scored tokens of the chosen answers, where the loss reads their mean."""
 
     def __call__(self, rows: Sequence[int]) -> MicroBatch:
         """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
         return self.place(self.lay_out(rows))
 
-    def lay_out(self, rows: Sequence[int]) -> LaidOut:
+    def lay_out(self, rows: Sequence[int], batch: Sequence[int] | None = None) -> LaidOut:
         """The part that works on the host alone, and may run ahead on another thread.
 
         A dummy runs a real forward, because every rank must take part in the collectives.
+
+        Args:
+            rows: of the micro-batch.
+            batch: all rows of its global batch, on all ranks; None where these are all of them.
         """
+        mean = None
+        if self.chosen_lengths is not None and batch is not None:
+            mean = float(self.chosen_lengths[list(batch)].mean())
         used = list(rows) or [0]
         examples = [self.examples[i] for i in used]
         layout, trained = build_layout(examples, self.layout), None
         if examples[0].roles[-1] == "mismatched":  # scored without gradient
             own = [replace(e, completions=e.completions[:1], roles=e.roles[:1]) for e in examples]
             trained = build_layout(own, self.layout)
-        laid_out = LaidOut(layout, trained, torch.tensor(used), len(rows))
+        laid_out = LaidOut(layout, trained, torch.tensor(used), len(rows), mean)
         return laid_out.pinned() if self.device.type == "cuda" else laid_out
 
     def place(self, laid_out: LaidOut) -> MicroBatch:
@@ -80,4 +96,5 @@ class RowBatcher:
             None if self.reference is None else self.reference[rows],
             {name: values[rows] for name, values in self.columns.items()},
             None if laid_out.trained is None else laid_out.trained.to(self.device),
+            laid_out.mean_chosen_length,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from preftune.config.dpo import Layout as LayoutName
@@ -74,6 +74,8 @@ class Block:
     """Of a packed row; None counts from 0 in every row."""
     segments: Segments | None = None
     """Of a packed row; None is causal attention in every row."""
+    weights: Float[Tensor, " scored"] | None = None
+    """fp64: how much each scored token weighs in an answer's weighted sum; None: 1 each."""
 
     def to(self, device: torch.device) -> "Block":
         """The same block with its tensors on `device`."""
@@ -152,6 +154,22 @@ class Layout:
 
     name: LayoutName
     limits: LengthLimits = LengthLimits()
+    ld_alpha: float = 1.0
+    """What a token past the length of its row's shortest answer weighs in the weighted sums."""
+
+
+def token_weights(num_scored: Sequence[int], ld_alpha: float) -> list[list[float]]:
+    """How much the scored tokens of one row's answers weigh (LD-DPO, arXiv:2409.06411).
+
+    Args:
+        num_scored: of each answer.
+        ld_alpha: weight of a token past the length that all of them reach.
+
+    Returns:
+        One weight a scored token, answer by answer.
+    """
+    shared = min(num_scored)
+    return [[1.0] * shared + [ld_alpha] * (number - shared) for number in num_scored]
 
 
 def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutName) -> PairLayout:
@@ -175,18 +193,32 @@ def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutNa
         for example in examples
         for completion in example.completions
     ]
+    weights = None if layout.ld_alpha == 1 else _weights(examples, layout.ld_alpha)
     groups = [list(range(len(sequences)))]
     if layout.name == "separate":
         per_example = len(examples[0].completions) if examples else 1
         groups = [groups[0][side::per_example] for side in range(per_example)]
     groups = [part for group in groups for part in _kept_apart(sequences, group, layout.limits)]
     if layout.name == "shared_prefix":
-        blocks = tuple(_packed_block(sequences, group) for group in groups)
+        blocks = tuple(_packed_block(sequences, group, weights) for group in groups)
         num_tokens = sum(block.input_ids.numel() for block in blocks)
     else:
-        blocks = tuple(_padded_block(sequences, group) for group in groups)
+        blocks = tuple(_padded_block(sequences, group, weights) for group in groups)
         num_tokens = sum(sequence.length for sequence in sequences)
     return PairLayout(blocks, len(sequences), num_tokens, layout.name == "separate")
+
+
+def _weights(examples: Sequence[TokenizedExample], ld_alpha: float) -> list[list[float]]:
+    """The weights of each answer's scored tokens, in the numbering of answers."""
+    rows = [[completion.num_scored for completion in e.completions] for e in examples]
+    return [weights for row in rows for weights in token_weights(row, ld_alpha)]
+
+
+def _weights_of(weights: list[list[float]] | None, answers: Sequence[int]) -> Tensor | None:
+    """Of some of the answers, one after the other."""
+    if weights is None:
+        return None
+    return torch.tensor([w for i in answers for w in weights[i]], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +249,9 @@ def _kept_apart(
     return [parts[key] for key in sorted(parts)]
 
 
-def _packed_block(sequences: list[_Sequence], group: list[int]) -> Block:
+def _packed_block(
+    sequences: list[_Sequence], group: list[int], weights: list[list[float]] | None
+) -> Block:
     """One row; sequences with the same prompt share its tokens."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index in group:
@@ -225,7 +259,7 @@ def _packed_block(sequences: list[_Sequence], group: list[int]) -> Block:
     row = _PackedRow()
     for prompt, indices in by_prompt.items():
         row.add(prompt, [(index, sequences[index]) for index in indices])
-    return row.block()
+    return row.block(weights)
 
 
 class _PackedRow:
@@ -261,7 +295,7 @@ class _PackedRow:
         self.ids += ids
         self.positions += range(first_position, first_position + len(ids))
 
-    def block(self) -> Block:
+    def block(self, weights: list[list[float]] | None) -> Block:
         """The row as tensors."""
         return Block(
             torch.tensor([self.ids]),
@@ -272,10 +306,13 @@ class _PackedRow:
             tuple(self.completion_ids),
             torch.tensor([self.positions]),
             Segments(tuple(self.spans)),
+            _weights_of(weights, self.completion_ids),
         )
 
 
-def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
+def _padded_block(
+    sequences: list[_Sequence], group: list[int], weights: list[list[float]] | None
+) -> Block:
     width = max(sequences[i].length for i in group)
     input_ids = torch.zeros(len(group), width, dtype=torch.long)
     positions: list[int] = []
@@ -298,4 +335,5 @@ def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
         torch.tensor(lengths, dtype=torch.long),
         tuple(lengths),
         tuple(group),
+        weights=_weights_of(weights, group),
     )

@@ -5,7 +5,7 @@ from typing import Literal
 
 from preftune.config.problem import Problem
 from preftune.config.section import Section
-from preftune.losses.knobs import KNOBS, LossKnobs
+from preftune.losses.knobs import KNOBS, LossKnobs, MeanOver
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
@@ -69,7 +69,24 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
         found.append(Problem(key, value, message, ("loss_type",)))
     if config.sft_weight < 0:
         found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
+    elif config.sft_weight == 0 and config.sft_reduction is not None:
+        message = "sft_weight is 0 (off), so nothing reads it; set sft_weight, or leave it unset"
+        found.append(Problem("sft_reduction", config.sft_reduction, message, ("sft_weight",)))
     return found
+
+
+def length_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of what takes the length of answers out of the log-probs."""
+    alpha = config.ld_alpha
+    if not 0 <= alpha <= 1:
+        return [Problem("ld_alpha", alpha, "it must be at least 0 and at most 1")]
+    specs = {loss: LOSS_SPECS[loss] for loss in config.loss_types if loss in LOSS_SPECS}
+    for loss, spec in specs.items():
+        if alpha < 1 and (spec.unpaired or not spec.needs_reference):
+            why = "trains on single completions" if spec.unpaired else "reads no reference"
+            message = f"the loss {loss.value} {why} and does not read it; leave it at 1 (off)"
+            return [Problem("ld_alpha", alpha, message, ("loss_type",))]
+    return []
 
 
 @dataclass(kw_only=True)
@@ -86,6 +103,15 @@ class LossChoice:
     sft_weight: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, a mean over its tokens, beside the
     loss; 0 (off) or more."""
+
+    sft_reduction: MeanOver | None = None
+    """What that mean is over. sequence: the tokens of each answer first, then the pairs, each
+    counting the same; token: all chosen tokens of the global batch. Unset: sequence."""
+
+    ld_alpha: float = 1.0
+    """Weight of an answer's tokens beyond the length of the pair's shorter answer, in the log-probs
+    of policy and reference: 1 (off) down to 0 (they do not count). LD-DPO, against a drift towards
+    long answers; for losses on pairs that read the reference."""
 
 
 @dataclass(kw_only=True)
@@ -137,6 +163,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         return any(LOSS_SPECS[loss].reads_mismatched for loss in self.loss_types)
 
     @property
+    def reads_mean_length(self) -> bool:
+        """Whether the loss takes a mean over all chosen tokens of the global batch."""
+        return "token" in (self.sft_reduction, self.cpo_nll)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a loss reads the reference's log-probs."""
         return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
@@ -158,7 +189,7 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = [*weight_problems(self), *knob_problems(self)]
+        found = [*weight_problems(self), *length_problems(self), *knob_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

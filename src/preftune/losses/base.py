@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from preftune.losses.f_divergence import divergence_score
-from preftune.losses.knobs import FDivergence
+from preftune.losses.knobs import FDivergence, MeanOver
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 
@@ -18,7 +18,7 @@ def check_shapes(logps: object, first: str, thing: str) -> None:
     """Refuse shapes that would broadcast, at the cost of a few comparisons on the host.
 
     Args:
-        logps: a dataclass of tensors with one entry a thing, and `running`.
+        logps: a dataclass of tensors with one entry a thing, `running`, and numbers.
         first: the name of one of them.
         thing: what it has an entry for.
 
@@ -27,7 +27,7 @@ def check_shapes(logps: object, first: str, thing: str) -> None:
     """
     shape = getattr(logps, first).shape
     for name, value in vars(logps).items():
-        if name != "running" and value is not None and value.shape != shape:
+        if name != "running" and isinstance(value, Tensor) and value.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} where {first} has {tuple(shape)}; "
                 f"give one entry a {thing}"
@@ -45,7 +45,8 @@ class PairLogps:
     """
 
     chosen: Float[Tensor, " pairs"]
-    """Policy: sum of per-token log-probs over the scored tokens of the chosen completion, nats."""
+    """Policy: sum of per-token log-probs over the scored tokens of the chosen completion, nats;
+    with `ld_alpha` tokens beyond the length of the pair's shorter completion weigh less in it."""
     rejected: Float[Tensor, " pairs"]
     """The same of the rejected completion."""
     chosen_lengths: Int[Tensor, " pairs"]
@@ -64,12 +65,27 @@ class PairLogps:
     """By how much chosen is said to beat rejected, in units of reward."""
     weight: Float[Tensor, " pairs"] | None = None
     """How much the pair counts; None is 1. Losses leave it to their caller."""
+    plain_chosen: Float[Tensor, " pairs"] | None = None
+    """`chosen` before tokens were weighted (`ld_alpha`); None where they are not."""
+    plain_rejected: Float[Tensor, " pairs"] | None = None
+    """The same of the rejected completion."""
+    mean_chosen_length: float | None = None
+    """Mean of `chosen_lengths` over the global batch that these pairs are part of; None: they are
+    all of it."""
     running: Float[Tensor, " kept"] | None = None
     """What `Loss.next_running` gave for the global batch before; None for the first."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that would broadcast."""
         check_shapes(self, "chosen", "pair")
+
+    @property
+    def plain(self) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """The policy's sums of both sides with every token at weight 1: its log-likelihoods."""
+        return (
+            self.chosen if self.plain_chosen is None else self.plain_chosen,
+            self.rejected if self.plain_rejected is None else self.plain_rejected,
+        )
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,27 @@ def smoothed_logistic(
     if label_smoothing == 0:
         return -logsigmoid(logits)
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+def chosen_nll(logps: PairLogps, mean_over: MeanOver) -> Float[Tensor, " pairs"]:
+    """The chosen completions' negative log-likelihood a token, to be averaged over pairs.
+
+    Whatever tokens weigh elsewhere (`ld_alpha`), here each counts.
+
+    Args:
+        logps: sums of the policy, and lengths.
+        mean_over: "sequence": −π_w/|y_w|. "token": −π_w/mean|y_w|, whose mean over the pairs of the
+            global batch is the mean over all its chosen tokens.
+
+    Returns:
+        One value a pair, nats a token.
+    """
+    nll = -logps.plain[0]
+    if mean_over == "sequence":
+        return nll / logps.chosen_lengths
+    if logps.mean_chosen_length is not None:
+        return nll / logps.mean_chosen_length
+    return nll / logps.chosen_lengths.double().mean()
 
 
 def mean_on_host(values: Float[Tensor, " pairs"]) -> float:

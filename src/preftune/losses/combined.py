@@ -6,22 +6,26 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from preftune.losses.base import Loss, PairLogps, PairLoss, mean_on_host
+from preftune.losses.base import Loss, PairLogps, PairLoss, chosen_nll, mean_on_host
+from preftune.losses.knobs import MeanOver
 
 
 @dataclass(frozen=True)
 class Combined(Loss):
     """Weighted sum of losses, plus the chosen completion's negative log-likelihood.
 
-    value = Σ_k weight_k·value_k − sft_weight·π_w/|y_w|
+    value = Σ_k weight_k·value_k − sft_weight·π_w/n
 
-    π_w is the policy's summed log-prob of the chosen completion, nats, and |y_w| the number of its
-    scored tokens: a mean over each completion first, then over pairs.
+    π_w is the policy's summed log-prob of the chosen completion, nats, whatever its tokens weigh in
+    the losses (`ld_alpha`). n is the number of its scored tokens |y_w|: a mean over each completion
+    first, then over pairs. With `sft_reduction` "token", n is the mean of |y_w| over the global
+    batch, which makes the term a mean over all its chosen tokens.
 
     Args:
         losses: at least one; the implicit rewards are those of the first.
         weights: one above 0 for each loss.
         sft_weight: 0 (off) or more, per nat a token.
+        sft_reduction: "sequence" or "token".
 
     Raises:
         ValueError: if losses and weights differ in number, or a weight is out of range.
@@ -32,12 +36,13 @@ class Combined(Loss):
     Source: MPO, arXiv:2411.10442, section 3.2 (0.8 dpo, 0.2 bco_pair, 1 fine-tuning); fine-tuning
     beside dpo: RPO, arXiv:2404.19733, equation 1.
 
-    Deviates: TRL's fine-tuning term is a mean over all tokens of a micro-batch.
+    Deviates: TRL's fine-tuning term is "token", but of a micro-batch.
     """
 
     losses: tuple[Loss, ...]
     weights: tuple[float, ...]
     sft_weight: float = 0.0
+    sft_reduction: MeanOver = "sequence"
 
     def __post_init__(self) -> None:
         """Check numbers; each loss has checked its own knobs."""
@@ -84,7 +89,7 @@ class Combined(Loss):
         for result, weight in zip(results[1:], self.weights[1:], strict=True):
             values = values + result.values * weight
         if self.sft_weight:
-            values = values - self.sft_weight * (logps.chosen / logps.chosen_lengths)
+            values = values + self.sft_weight * chosen_nll(logps, self.sft_reduction)
         return PairLoss(values, results[0].chosen_rewards, results[0].rejected_rewards)
 
     def value_at_reference(self, logps: PairLogps) -> float | None:
@@ -96,22 +101,28 @@ class Combined(Loss):
         values = [loss.value_at_reference(logps) for loss in self.losses]
         if None in values:
             return None
-        fine_tuning = -mean_on_host(logps.chosen / logps.chosen_lengths) if self.sft_weight else 0.0
+        fine_tuning = mean_on_host(chosen_nll(logps, self.sft_reduction)) if self.sft_weight else 0
         weighted = zip(self.weights, values, strict=True)
         return sum(w * v for w, v in weighted if v is not None) + self.sft_weight * fine_tuning
 
 
-def combine(losses: Sequence[Loss], weights: Sequence[float], sft_weight: float) -> Loss:
+def combine(
+    losses: Sequence[Loss],
+    weights: Sequence[float],
+    sft_weight: float,
+    sft_reduction: MeanOver = "sequence",
+) -> Loss:
     """One loss of several; one of weight 1 without fine-tuning stays itself.
 
     Args:
         losses: at least one.
         weights: one for each.
         sft_weight: weight of the chosen completion's negative log-likelihood.
+        sft_reduction: what its mean is over.
 
     Raises:
         ValueError: as `Combined`.
     """
     if len(losses) == 1 and list(weights) == [1.0] and sft_weight == 0:
         return losses[0]
-    return Combined(tuple(losses), tuple(weights), sft_weight)
+    return Combined(tuple(losses), tuple(weights), sft_weight, sft_reduction)

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 
 FDivergence: TypeAlias = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SumOrMean: TypeAlias = Literal["sum", "mean"]
+MeanOver: TypeAlias = Literal["sequence", "token"]
+"""A mean over each answer first, then over pairs; or over all tokens of the global batch."""
+CPONll: TypeAlias = Literal["sum", "mean", "token"]
 WPOAlignment: TypeAlias = Literal["sampled", "none"]
 WPOCap: TypeAlias = Literal["one", "none"]
 
@@ -84,9 +87,10 @@ class LossKnobs:
     """Weight of the chosen answer's negative log-likelihood beside the preference term, 0 (off) or
     more."""
 
-    cpo_nll: SumOrMean | None = None
-    """The chosen answer's negative log-likelihood: sum over its tokens, as the paper's formula, or
-    mean, as in the authors' code and TRL."""
+    cpo_nll: CPONll | None = None
+    """The chosen answer's negative log-likelihood: sum over its tokens, as the paper's formula;
+    mean over its tokens; or token, the mean over all chosen tokens of the global batch, which the
+    authors' code and TRL take of each micro-batch."""
 
     odpo_alpha: Annotated[float | None, Range(low=0.0)] = None
     """Factor of each pair's margin, 0 (plain DPO) or more."""

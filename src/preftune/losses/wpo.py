@@ -89,8 +89,9 @@ class WPO(Loss):
             ValueError: if the alignments are read and missing.
         """
         if not self.reads_alignment:
-            chosen = logps.chosen / logps.chosen_lengths
-            rejected = logps.rejected / logps.rejected_lengths
+            plain_chosen, plain_rejected = logps.plain
+            chosen = plain_chosen / logps.chosen_lengths
+            rejected = plain_rejected / logps.rejected_lengths
         elif logps.chosen_alignment is None or logps.rejected_alignment is None:
             raise ValueError(
                 f"{self.loss_type} with wpo_alignment 'sampled' reads chosen_alignment and "

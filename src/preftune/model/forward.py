@@ -32,6 +32,8 @@ class SequenceLogps:
     off by 1e-4, which a difference of two such sums would keep."""
     lengths: Int[Tensor, " completions"]
     """Scored tokens of each answer."""
+    weighted: Float[Tensor, " completions"] | None
+    """The same with the layout's weights of tokens; None where it has none."""
     alignment: Float[Tensor, " completions"] | None
     """Mean over tokens of log p(y_t) - log sum_v p(v)^2; None unless asked for."""
     per_token: list[Float[Tensor, " _"]]
@@ -95,9 +97,11 @@ class PolicyModel(nn.Module):
 
         pieces = [piece for result in results for piece in result.per_token]
         alignments = [result.alignment for result in results if result.alignment is not None]
+        weighted = [result.weighted for result in results if result.weighted is not None]
         return SequenceLogps(
             sums=joined([result.sums for result in results]),
             lengths=joined([result.lengths for result in results]),
+            weighted=joined(weighted) if weighted else None,
             alignment=joined(alignments) if alignments else None,
             per_token=[pieces[i] for i in at],
         )
@@ -114,14 +118,17 @@ class PolicyModel(nn.Module):
         )
         # segment_reduce sums in a fixed order on every device, where index_add_ does not on CUDA.
         sums = torch.segment_reduce(logps.double(), "sum", lengths=block.lengths, unsafe=True)
-        means = None
+        weighted, means = None, None
+        if block.weights is not None:
+            weighted = torch.segment_reduce(
+                logps.double() * block.weights, "sum", lengths=block.lengths, unsafe=True
+            )
         if alignment is not None:
             means = torch.segment_reduce(
                 alignment.double(), "mean", lengths=block.lengths, unsafe=True
             )
-        return SequenceLogps(
-            sums, block.lengths, means, list(logps.detach().split(block.num_scored))
-        )
+        per_token = list(logps.detach().split(block.num_scored))
+        return SequenceLogps(sums, block.lengths, weighted, means, per_token)
 
     def _scored_hidden(self, block: Block) -> tuple[Tensor, nn.Module]:
         if self.compact_head:

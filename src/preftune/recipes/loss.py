@@ -14,4 +14,5 @@ def loss_of(config: DPOConfig) -> Loss | UnpairedLoss:
     on_pairs = [loss for loss in losses if isinstance(loss, Loss)]
     if len(on_pairs) < len(losses):
         return losses[0]  # the config has refused sums with it
-    return combine(on_pairs, config.loss_weights or [1.0] * len(losses), config.sft_weight)
+    weights = config.loss_weights or [1.0] * len(losses)
+    return combine(on_pairs, weights, config.sft_weight, config.sft_reduction or "sequence")

@@ -67,7 +67,7 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout = Layout(layout.name, loaded.policy.limits)
+        self.layout = Layout(layout.name, loaded.policy.limits, config.ld_alpha)
         self.sampler = sampler
         self.num_steps = num_steps
         self.began = time.time()
@@ -143,7 +143,14 @@ class Run:
                 "reused": values.num_reused,
             }
         sums = None if values is None else values.sums
-        return RowBatcher(examples, sums, self.layout, runtime.device, self._columns(examples))
+        return RowBatcher(
+            examples,
+            sums,
+            self.layout,
+            runtime.device,
+            self._columns(examples),
+            examples.num_scored[:, 0] if config.reads_mean_length else None,
+        )
 
     def _columns(self, examples: TokenRows) -> dict[str, Tensor]:
         """What the data say of each row besides its tokens, where the loss reads it."""

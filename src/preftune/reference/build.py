@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from preftune.batching.layout import Layout, build_layout
+from preftune.batching.layout import Layout, build_layout, token_weights
 from preftune.batching.micro_batches import RowSizes, sorted_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
@@ -32,7 +32,7 @@ class ReferenceLogps:
     """The reference's log-prob sums of a dataset, whole on the device."""
 
     sums: Tensor
-    """fp64, (rows, answers a row), nats."""
+    """fp64, (rows, answers a row), nats; with the layout's `ld_alpha`, weighted sums."""
     num_computed: int
     """Answers scored by this call; answers that occur twice count once."""
     num_reused: int
@@ -71,7 +71,7 @@ def reference_logps(
         model: the policy before its first step, in eval mode, prepared like in training.
         examples: rows with the same number of answers each.
         store: where values are kept; it must belong to this model (see `namespace_fields`).
-        layout: how rows are laid out.
+        layout: how rows are laid out. What is stored does not depend on its `ld_alpha`.
         device: where the result goes.
         progress: called with (answers done, answers to do).
     """
@@ -82,7 +82,8 @@ def reference_logps(
         for side, (key, completion) in enumerate(zip(keys[-1], example.completions, strict=True)):
             lengths = (len(example.prompt_ids), len(completion.ids))
             answers.setdefault(key, _Answer(key, row, side, example.prompt_key, lengths))
-    shared = (examples, model, store, layout, device)
+    # Answers are scored one by one: what an answer's tokens weigh depends on its row.
+    shared = (examples, model, store, replace(layout, ld_alpha=1.0), device)
     rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
     # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
     # run again after others have added to the store, finds its own shards and its own values.
@@ -101,12 +102,23 @@ def reference_logps(
         again, num_again = _compute_shards(lost, lost_id, *shared, progress)
         known |= again
         num_computed += num_again
-    sums = [[known[key].sum for key in row] for row in keys]
+    sums = [_sums([known[key] for key in row], layout.ld_alpha) for row in keys]
     return ReferenceLogps(
         sums=torch.tensor(sums, dtype=torch.float64, device=device),
         num_computed=num_computed,
         num_reused=len(answers) - num_computed,
     )
+
+
+def _sums(row: list[StoredLogps], ld_alpha: float) -> list[float]:
+    """The log-prob sums of one row's answers."""
+    if ld_alpha == 1:
+        return [answer.sum for answer in row]
+    weights = token_weights([len(answer.per_token) for answer in row], ld_alpha)
+    return [
+        float(answer.per_token.astype(np.float64) @ np.array(own))
+        for answer, own in zip(row, weights, strict=True)
+    ]
 
 
 def _compute_shards(

@@ -75,10 +75,9 @@ class TrainingLoop:
 
     def _lay_out(self, step: int) -> list[LaidOut]:
         runtime = self.runtime
-        shares = self.micro_batching.split(
-            self.sampler.batch(step), runtime.rank, runtime.world_size
-        )
-        return [self.batcher.lay_out(share) for share in shares]
+        batch = self.sampler.batch(step)
+        shares = self.micro_batching.split(batch, runtime.rank, runtime.world_size)
+        return [self.batcher.lay_out(share, batch) for share in shares]
 
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
         step = self.state.step

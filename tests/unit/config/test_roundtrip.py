@@ -87,11 +87,12 @@ def loss_and_knobs(loss):
 
 
 losses = st.sampled_from(list(DPOLossType)).flatmap(loss_and_knobs) | st.fixed_dictionaries(
-    {"loss_type": st.sampled_from([["dpo", "bco_pair"], ["exo_pair", "simpo"]])},
+    {"loss_type": st.sampled_from([["dpo", "bco_pair"], ["exo_pair", "wpo"]])},
     optional={
         "loss_weights": st.lists(positive, min_size=2, max_size=2),
         "sft_weight": positive,
         "beta": positive,
+        "ld_alpha": fraction,
     },
 )
 lengths = given_or_not(num_epochs=positive) | given_or_not(max_train_steps=counts)

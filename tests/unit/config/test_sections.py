@@ -81,6 +81,11 @@ BAD = [
     ({"loss_type": ["dpo", "wpo"], "loss_weights": [1.0]}, "loss_weights"),
     ({"loss_weights": [0.0]}, "loss_weights"),
     ({"sft_weight": -0.1}, "sft_weight"),
+    ({"sft_reduction": "token"}, "sft_reduction"),
+    ({"sft_reduction": "sequence", "sft_weight": 0}, "sft_reduction"),
+    ({"ld_alpha": 1.1}, "ld_alpha"),
+    ({"ld_alpha": -0.1}, "ld_alpha"),
+    ({"loss_type": ["dpo", "simpo"], "ld_alpha": 0.5}, "ld_alpha"),
     ({"forward_layout": "separate", "concatenated_forward": True}, "concatenated_forward"),
     ({"forward_layout": "concatenated", "concatenated_forward": False}, "concatenated_forward"),
     ({"num_epochs": 0.0}, "num_epochs"),
@@ -161,6 +166,8 @@ GOOD = [
     {"f_divergence": "alpha", "f_divergence_alpha": 0.25},
     {"loss_type": ["dpo", "bco_pair"], "loss_weights": [0.8, 0.2], "sft_weight": 1.0},
     {"loss_weights": [2.0]},
+    {"loss_type": ["dpo", "aot"], "ld_alpha": 0, "sft_weight": 0.1, "sft_reduction": "token"},
+    {"loss_type": "simpo", "ld_alpha": 1.0},
     {"seed": 2**32 - 1, "data_seed": 0},
 ]
 

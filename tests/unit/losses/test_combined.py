@@ -4,6 +4,8 @@ By hand, the pair "preferred": dpo 0.5543552445 (test_dpo), bco_pair at β = 0.1
 (test_bco_pair), and −(−10)/4 = 2.5 nats a token of the chosen answer.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,27 @@ def test_the_value_at_the_reference_adds_up(at_reference):
     assert loss.value_at_reference(at_reference) == pytest.approx(stated, rel=1e-9)
     assert loss(at_reference).values.mean().item() == pytest.approx(stated, rel=1e-9)
     assert Combined((DPO(), SimPO()), (1.0, 1.0)).value_at_reference(at_reference) is None
+
+
+def test_the_mean_over_tokens_by_hand(pairs, make_batch):
+    """−10 over 4 tokens and −700.25 over 512: 710.25 / 516 over all, 1.38 nats a token."""
+    logps = make_batch([pairs["preferred"], pairs["long"]])
+    loss = Combined(BOTH[:1], (1.0,), 1.0, "token")
+    beside = BOTH[0](logps).values
+    assert (loss(logps).values - beside).mean().item() == pytest.approx(710.25 / 516)
+    # Cut in two: the length is that of the whole batch.
+    halves = [make_batch([pairs[name]]) for name in ("preferred", "long")]
+    cut = [loss(replace(half, mean_chosen_length=258.0)).values for half in halves]
+    torch.testing.assert_close(torch.cat(cut), loss(logps).values)
+
+
+def test_weights_of_tokens_leave_fine_tuning_alone(pairs, make_batch):
+    logps = make_batch([pairs["preferred"]])
+    weighted = replace(logps, chosen=logps.chosen / 2, plain_chosen=logps.chosen)
+    for reduction in ("sequence", "token"):
+        loss = Combined(BOTH[:1], (1.0,), 1.0, reduction)
+        term = loss(weighted).values - BOTH[0](weighted).values
+        assert term.item() == pytest.approx(2.5)
 
 
 def test_alignments_are_read_where_one_loss_reads_them():

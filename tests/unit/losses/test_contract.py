@@ -192,7 +192,10 @@ def test_one_value_and_two_rewards_a_pair_each_on_its_own(loss_type, knobs, pair
         torch.testing.assert_close(here.sort()[0], there.sort()[0], rtol=1e-13, atol=1e-15)
         assert not torch.equal(here, torch.cat([loss(make_batch([row])).values for row in rows]))
         return
-    whole, alone = loss(make_batch(rows)), [loss(make_batch([row])) for row in rows]
+    # A mean over the batch's tokens needs only their number, which a run knows beforehand.
+    mean = sum(row.chosen_length for row in rows) / len(rows)
+    alone = [loss(dataclasses.replace(make_batch([row]), mean_chosen_length=mean)) for row in rows]
+    whole = loss(make_batch(rows))
     for field in dataclasses.fields(whole):
         together = getattr(whole, field.name)
         apart = torch.cat([getattr(one, field.name) for one in alone])

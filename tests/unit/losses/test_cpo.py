@@ -32,6 +32,7 @@ def test_value_and_gradient(pair, beta, eps, alpha, nll, check_formula):
     [
         ({}, 10.7443966600),
         ({"cpo_nll": "mean"}, 3.2443966600),
+        ({"cpo_nll": "token"}, 3.2443966600),
         ({"cpo_alpha": 0.0, "label_smoothing": 0.1}, 0.7343966600),
     ],
 )

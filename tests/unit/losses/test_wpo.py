@@ -52,6 +52,19 @@ def test_constant_by_hand(alignment, expected, pairs, make_batch):
     assert result.values.item() == pytest.approx(expected, abs=1e-10)
 
 
+def test_weights_of_tokens_leave_the_weight_of_a_pair_alone(pairs, make_batch):
+    logps = make_batch([pairs["preferred"]])
+    weighted = replace(
+        logps,
+        chosen=logps.chosen / 2,
+        rejected=logps.rejected / 2,
+        plain_chosen=logps.chosen,
+        plain_rejected=logps.rejected,
+    )
+    loss = WPO(wpo_alignment="none")
+    assert torch.equal(loss.weights(weighted), loss.weights(logps))
+
+
 def test_the_cap_by_hand(pairs, make_batch):
     """Alignments 0.75 and 0.25 weigh e; capped, 1."""
     logps = make_batch([pairs["weight_capped"]])

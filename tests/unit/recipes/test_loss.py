@@ -16,6 +16,10 @@ from preftune.recipes.loss import loss_of
         ({}, DPO()),
         ({"beta": 0.3, "f_divergence": "js"}, DPO(beta=0.3, f_divergence="js")),
         ({"sft_weight": 0.5}, Combined((DPO(),), (1.0,), 0.5)),
+        (
+            {"sft_weight": 0.5, "sft_reduction": "token"},
+            Combined((DPO(),), (1.0,), 0.5, "token"),
+        ),
         ({"loss_type": ["dpo", "exo_pair"]}, Combined((DPO(), EXOPair()), (1.0, 1.0))),
         (
             {"loss_type": ["dpo", "bco_pair"], "beta": 0.2, "loss_weights": [0.8, 0.2]},
