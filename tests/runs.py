@@ -1,14 +1,10 @@
 """Whole runs of `preftune train` on a tiny model, for tests."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from preftune import ExperimentConfig
-from preftune.losses.spec import LOSS_SPECS, DPOLossType
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 SHAPES = {
@@ -62,12 +58,6 @@ def tiny_settings(root: Path, **overrides: Any) -> dict[str, Any]:
 def tiny_config(root: Path, **overrides: Any) -> ExperimentConfig:
     """`tiny_settings` as a configuration."""
     return ExperimentConfig(**tiny_settings(root, **overrides))
-
-
-def train_on_single_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the data of a dpo run be read as for a loss on single labelled answers."""
-    spec = replace(LOSS_SPECS[DPOLossType.DPO], unpaired=True)
-    monkeypatch.setitem(LOSS_SPECS, DPOLossType.DPO, spec)
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from preftune.cli.main import main
 from preftune.recipes import inspect_data as recipe
-from tests.runs import arguments, tiny_settings, train_on_single_answers
+from tests.runs import arguments, tiny_settings
 from tests.tiny import chat_row, make_pairs, write_jsonl
 
 ATTACK = "<script>alert(1)</script> \x1b[31m & \"'"
@@ -277,10 +277,9 @@ LONE = [
 """Four lone answers, a pair, and a pair whose worse answer is empty."""
 
 
-def test_rows_of_one_answer_and_pairs_taken_apart(capsys, tmp_path, monkeypatch):
-    train_on_single_answers(monkeypatch)
+def test_rows_of_one_answer_and_pairs_taken_apart(capsys, tmp_path):
     page = tmp_path / "page.html"
-    text = inspect(capsys, words_of(tmp_path, LONE, num_rows=7, html=page))
+    text = inspect(capsys, words_of(tmp_path, LONE, num_rows=7, html=page, loss_type="bco"))
     assert line(text, str(tmp_path / "d.jsonl"))[1:] == ["8", "7", "1", "0", "0", "0"]
     assert "(7 rows)" in text
     assert "(7 rows)" in page.read_text(encoding="utf-8")
@@ -295,41 +294,42 @@ def test_rows_of_one_answer_and_pairs_taken_apart(capsys, tmp_path, monkeypatch)
     assert "Length bias" not in text
 
 
-def test_both_answers_of_a_pair_are_shown_under_its_id(capsys, tmp_path, monkeypatch):
-    train_on_single_answers(monkeypatch)
-    both = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5"))
+def test_both_answers_of_a_pair_are_shown_under_its_id(capsys, tmp_path):
+    both = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5", loss_type="bco"))
     assert "\nd.jsonl:5 (chosen)\n" in both
     assert "\nd.jsonl:5 (rejected)\n" in both
-    one = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5 (rejected)"))
+    one = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:5 (rejected)", loss_type="bco"))
     assert "\nd.jsonl:5 (rejected)\n" in one
     assert "\nd.jsonl:5 (chosen)\n" not in one
-    lost = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:6 (rejected)"))
+    lost = inspect(capsys, words_of(tmp_path, LONE, row="d.jsonl:6 (rejected)", loss_type="bco"))
     assert "Not trained on: empty_completion" in lost
 
 
-def test_held_out_answers_and_what_training_has_of_them(capsys, tmp_path, monkeypatch):
-    train_on_single_answers(monkeypatch)
+def test_held_out_answers_and_what_training_has_of_them(capsys, tmp_path):
     held_out = write_jsonl(tmp_path / "test.jsonl", [chat_row("q1?", "new", "newer"), LONE[3]])
-    text = inspect(capsys, words_of(tmp_path, LONE[:3], eval_dataset=held_out, num_rows=0))
+    text = inspect(
+        capsys, words_of(tmp_path, LONE[:3], eval_dataset=held_out, num_rows=0, loss_type="bco")
+    )
     # Plain text and a rendered chat are different prompts.
     assert line(text, "held out")[1:] == ["0", "0", "0 (0.0%)"]
-    text = inspect(capsys, words_of(tmp_path, LONE[:4], eval_dataset=held_out, num_rows=0))
+    text = inspect(
+        capsys, words_of(tmp_path, LONE[:4], eval_dataset=held_out, num_rows=0, loss_type="bco")
+    )
     assert line(text, "held out")[1:] == ["0", "1", "0 (0.0%)"]
 
 
-def test_tokens_of_single_answers_are_cached_apart(capsys, tmp_path, monkeypatch):
+def test_tokens_of_single_answers_are_cached_apart(capsys, tmp_path):
     words = words_of(tmp_path, make_pairs(6))
     assert main(["data", "tokenize", *words]) == 0
     assert "tokenised, 6 rows" in capsys.readouterr().out
-    train_on_single_answers(monkeypatch)
+    words += ["--loss_type", "bco"]
     assert main(["data", "tokenize", *words]) == 0
     assert "tokenised, 12 rows" in capsys.readouterr().out
     assert main(["data", "tokenize", *words]) == 0
     assert "found in the cache, 12 rows" in capsys.readouterr().out
 
 
-def test_score_reads_pairs_only(capsys, tmp_path, monkeypatch):
-    train_on_single_answers(monkeypatch)
+def test_score_reads_pairs_only(capsys, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", LONE)
     settings = tiny_settings(tmp_path)
     words = {key: settings[key] for key in ("model_name_or_path", "cache_dir", "progress")}

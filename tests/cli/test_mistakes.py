@@ -22,7 +22,7 @@ import torch
 
 from preftune.cli.main import main
 from preftune.recipes import preflight
-from tests.runs import arguments, tiny_config, tiny_settings, train_on_single_answers
+from tests.runs import arguments, tiny_config, tiny_settings
 from tests.tiny import chat_row, make_pairs
 
 SNAPSHOTS = Path(__file__).with_name("mistakes.txt")
@@ -56,8 +56,6 @@ class Mistake:
     """What torch says of the machine."""
     packages: tuple[str, ...] = ()
     """What is installed for attention."""
-    unpaired: bool = False
-    """Whether the loss trains on single answers."""
     cut: str = r"$^"
     """What a library says in its own words, which change from version to version."""
 
@@ -87,8 +85,8 @@ def rows_with(number: int, **columns: Any) -> list[dict[str, Any]]:
 
 def lone_answers(number: int, column_map: Any = LEFT_OUT, **columns: Any) -> Mistake:
     rows = [row | (columns if n == number else {}) for n, row in enumerate(LONE_ANSWERS, 1)]
-    options = {"dataset_name": "d.jsonl", "column_map": column_map}
-    return Mistake(options, (), {"d.jsonl": rows}, unpaired=True)
+    options = {"dataset_name": "d.jsonl", "column_map": column_map, "loss_type": "bco"}
+    return Mistake(options, (), {"d.jsonl": rows})
 
 
 def manifest(**changes: Any) -> Callable[[Path], str]:
@@ -138,6 +136,12 @@ MISTAKES = {
     "a word for tokens in a micro-batch": given(max_tokens_per_microbatch="many"),
     "a fraction of a token in a micro-batch": given(max_tokens_per_microbatch=2048.5),
     "a negative seed": given(seed=-1),
+    "single answers and pairs in one loss": given(loss_type="[kto, dpo]"),
+    "fine-tuning beside single answers": given(loss_type="kto", sft_weight=0.5),
+    "a reduction of nothing": given(sft_reduction="token"),
+    "lengths weighed without a reference": given(loss_type="simpo", ld_alpha=0.5),
+    "lengths weighed backwards": given(ld_alpha=1.5),
+    "margins that are not there": given(loss_type="odpo"),
     "a tracker that does not exist": given(report_to="tensorbord"),
     "an unknown preset": given(preset="zephir"),
     "the file of a newer preftune": in_file("preftune_version: 99.1.0\nbeta: 0.1\n"),
@@ -426,8 +430,6 @@ def test_a_mistake(name, root, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, function, lambda value=value, **_: value)
     installed = {package: object() for package in mistake.packages}
     monkeypatch.setattr(preflight, "find_spec", installed.get)
-    if mistake.unpaired:
-        train_on_single_answers(monkeypatch)
     make_files(root, mistake.files)
     said = {command: said_by(command, mistake, root, capsys) for command in ("check", "train")}
     if said["check"] == said["train"]:
@@ -538,9 +540,8 @@ def test_check_prints_what_the_run_would_do(root, capsys):
     assert int(tokens[1]) == 2 * int(tokens[2])
 
 
-def test_check_counts_answers_where_the_loss_trains_on_single_ones(root, capsys, monkeypatch):
-    train_on_single_answers(monkeypatch)
-    assert main(["check", *arguments(tiny_settings(root, test_size=4))]) == 0
+def test_check_counts_answers_where_the_loss_trains_on_single_ones(root, capsys):
+    assert main(["check", *arguments(tiny_settings(root, test_size=4, loss_type="bco"))]) == 0
     printed = capsys.readouterr().out
     assert "pairs.jsonl: 38 rows read, 38 kept" in printed
     assert "pairs.jsonl: 4 rows read, 4 kept" in printed
