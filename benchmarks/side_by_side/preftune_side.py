@@ -89,8 +89,8 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
     sums: dict[str, list[list[float]]] = {}
 
     class Recording(PairObjective):
-        def logps(self, model: Any, micro_batch: MicroBatch) -> PairLogps:
-            logps = super().logps(model, micro_batch)
+        def _from_forward(self, model: Any, micro_batch: MicroBatch) -> PairLogps:
+            logps = super()._from_forward(model, micro_batch)
             named = {
                 "policy_chosen": logps.chosen,
                 "policy_rejected": logps.rejected,
@@ -107,7 +107,7 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
             (run, "reference_logps", lambda _, *args, **kw: score(reference, *args, **kw)),
             (dpo, "check_step_zero", lambda *args, **kwargs: None),
             (run, "try_heaviest", lambda *args, **kwargs: None),  # no step: not to be recorded
-            (dpo, "PairObjective", Recording),
+            (dpo, "objective_of", Recording),
         ):
             patches.enter_context(patch.object(place, name, value))
         dpo.train(config)

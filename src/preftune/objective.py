@@ -22,6 +22,7 @@ from preftune.losses import (
     UnpairedLoss,
 )
 from preftune.model.forward import SequenceLogps, pair_logps
+from preftune.reference.live import LiveReference
 
 L = TypeVar("L", PairLogps, CompletionLogps)
 
@@ -89,6 +90,16 @@ class Objective(ABC, Generic[L]):
     loss: Any
     """On the kind of rows that the subclass is for."""
 
+    def __init__(self, loss: Any, live_reference: LiveReference | None = None) -> None:
+        """Use one loss for every micro-batch.
+
+        Args:
+            loss: on the kind of rows that the subclass is for.
+            live_reference: scores the micro-batches that hold no log-probs of the reference.
+        """
+        self.loss = loss
+        self.live_reference = live_reference
+
     def __call__(
         self,
         model: nn.Module,
@@ -108,7 +119,10 @@ class Objective(ABC, Generic[L]):
         if batch is not None and micro_batch.trained is not None:
             # The other answers are in `batch`, and no gradient goes through them.
             micro_batch = replace(micro_batch, layout=micro_batch.trained)
-        return self.output(self.rows(model, micro_batch), batch=batch, running=running)
+        if batch is None:  # or the reference's log-probs are in it
+            micro_batch = self._with_reference(micro_batch)
+        logps = self._counted(self._from_forward(model, micro_batch), micro_batch)
+        return self.output(logps, batch=batch, running=running)
 
     def output(
         self, logps: L, *, batch: GlobalBatch[L] | None = None, running: Tensor | None = None
@@ -135,14 +149,28 @@ class Objective(ABC, Generic[L]):
 
         Of a dummy there are none, but its graph is there, in which every rank must take part.
         """
-        logps = self.logps(model, micro_batch)
+        return self._counted(self.logps(model, micro_batch), micro_batch)
+
+    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
+        """The log-probs that the loss reads, a dummy's too."""
+        return self._from_forward(model, self._with_reference(micro_batch))
+
+    def _with_reference(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Before the policy's forward, whose activations then need not be there, too."""
+        if self.live_reference is None or micro_batch.reference is not None:
+            return micro_batch
+        sums = self.live_reference.logps(micro_batch.layout)
+        # A dummy is laid out as one row.
+        return replace(micro_batch, reference=sums.view(max(micro_batch.num_rows, 1), -1))
+
+    def _counted(self, logps: L, micro_batch: MicroBatch) -> L:
         if micro_batch.num_rows:
             return logps
         return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
 
     @abstractmethod
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
-        """The log-probs that the loss reads, a dummy's too."""
+    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> L:
+        """The policy's log-probs beside the reference's, which the micro-batch holds."""
 
     @abstractmethod
     def sides(self, logps: L) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -167,12 +195,9 @@ class Objective(ABC, Generic[L]):
 class PairObjective(Objective[PairLogps]):
     """A loss on pairs."""
 
-    def __init__(self, loss: Loss) -> None:
-        """Use `loss` for every micro-batch."""
-        self.loss: Loss = loss
+    loss: Loss
 
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
-        """The log-probs that the loss reads, a dummy's too."""
+    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
         sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
         return as_pairs(sequences, micro_batch.reference, micro_batch.columns)
 
@@ -204,12 +229,9 @@ class PairObjective(Objective[PairLogps]):
 class CompletionObjective(Objective[CompletionLogps]):
     """A loss on single labelled completions."""
 
-    def __init__(self, loss: UnpairedLoss) -> None:
-        """Use `loss` for every micro-batch."""
-        self.loss: UnpairedLoss = loss
+    loss: UnpairedLoss
 
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> CompletionLogps:
-        """The log-probs that the loss reads, a dummy's too."""
+    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> CompletionLogps:
         sequences = pair_logps(model, micro_batch.layout)
         return as_completions(sequences, micro_batch.reference, micro_batch.columns)
 
@@ -236,9 +258,12 @@ class CompletionObjective(Objective[CompletionLogps]):
         return self.loss.next_running(logps)
 
 
-def objective_of(loss: Loss | UnpairedLoss) -> PairObjective | CompletionObjective:
-    """What trains with a loss."""
-    return PairObjective(loss) if isinstance(loss, Loss) else CompletionObjective(loss)
+def objective_of(
+    loss: Loss | UnpairedLoss, live_reference: LiveReference | None = None
+) -> PairObjective | CompletionObjective:
+    """What trains with a loss; the arguments are those of `Objective`."""
+    kind = PairObjective if isinstance(loss, Loss) else CompletionObjective
+    return kind(loss, live_reference)
 
 
 def _pair_metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from preftune.config.problem import Problem
+from preftune.config.problem import Problem, count
 from preftune.config.section import Section
 from preftune.losses.knobs import KNOBS, LossKnobs
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
+_SYNC_DEFAULTS = {"reference_mixup_alpha": 0.6, "reference_sync_steps": 512}
 PACKED_ONLY = ("varlen", "flex")
 """Values of `attn_implementation` that padded pairs cannot have."""
 
@@ -44,6 +45,27 @@ def knob_problems(config: "DPOConfig") -> list[Problem]:
             found.append(Problem(name, value, "; ".join(said), ("loss_type",)))
         elif bad:
             found.append(Problem(name, value, f"it must be {bad[0].range}"))
+    return found
+
+
+def sync_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of a reference that follows the policy."""
+    alpha, steps = config.reference_mixup_alpha, config.reference_sync_steps
+    settings = {"reference_mixup_alpha": alpha, "reference_sync_steps": steps}
+    if not config.sync_reference:
+        message = "the reference stays as it is: set sync_reference true, or leave it out"
+        return [
+            Problem(key, value, message, ("sync_reference",))
+            for key, value in settings.items()
+            if value is not None
+        ]
+    found = count("reference_sync_steps", steps)
+    if alpha is not None and not 0 < alpha <= 1:
+        found.append(Problem("reference_mixup_alpha", alpha, "it must be above 0 and at most 1"))
+    if not config.needs_reference:
+        named = ", ".join(loss.value for loss in config.loss_types)
+        message = f"no reference is read by the loss {named}: leave it out"
+        found.append(Problem("sync_reference", True, message, ("loss_type",)))
     return found
 
 
@@ -92,6 +114,18 @@ class LossChoice:
 class DPOConfig(LossKnobs, LossChoice, Section):
     """The loss. A knob left unset takes the default of the chosen loss."""
 
+    sync_reference: bool = False
+    """Let the reference follow the policy (TR-DPO). It then runs beside the policy, a copy in
+    memory, and its log-probs are not stored."""
+
+    reference_mixup_alpha: float | None = None
+    """The policy's share in the new reference at a sync, above 0, at most 1 (the policy itself).
+    Unset: 0.6 with `sync_reference`."""
+
+    reference_sync_steps: int | None = None
+    """Optimizer steps from one sync of the reference to the next, 1 or more. Unset: 512 with
+    `sync_reference`."""
+
     forward_layout: ForwardLayout = "auto"
     """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
     once; concatenated: chosen and rejected as padded rows of one forward; separate: one side after
@@ -113,6 +147,10 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         for name, values in defaults.items():
             if getattr(self, name) is None and len(values) == 1:
                 setattr(self, name, values.pop())
+        if self.sync_reference:
+            for name, default in _SYNC_DEFAULTS.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
 
     @property
     def loss_types(self) -> list[DPOLossType]:
@@ -142,6 +180,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
 
     @property
+    def stores_reference(self) -> bool:
+        """Whether the reference's log-probs are computed once, before the first step, and kept."""
+        return self.needs_reference and not self.sync_reference
+
+    @property
     def unpaired(self) -> bool:
         """Whether a loss trains on single labelled answers: then pairs are taken apart."""
         return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
@@ -158,7 +201,7 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        found = [*weight_problems(self), *knob_problems(self)]
+        found = [*weight_problems(self), *knob_problems(self), *sync_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

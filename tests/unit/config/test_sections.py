@@ -81,6 +81,13 @@ BAD = [
     ({"loss_type": ["dpo", "wpo"], "loss_weights": [1.0]}, "loss_weights"),
     ({"loss_weights": [0.0]}, "loss_weights"),
     ({"sft_weight": -0.1}, "sft_weight"),
+    ({"reference_mixup_alpha": 0.6}, "reference_mixup_alpha"),
+    ({"reference_sync_steps": 8}, "reference_sync_steps"),
+    ({"sync_reference": True, "reference_mixup_alpha": 0.0}, "reference_mixup_alpha"),
+    ({"sync_reference": True, "reference_mixup_alpha": 1.1}, "reference_mixup_alpha"),
+    ({"sync_reference": True, "reference_sync_steps": 0}, "reference_sync_steps"),
+    ({"sync_reference": True, "loss_type": "simpo"}, "sync_reference"),
+    ({"sync_reference": True, "loss_type": ["orpo", "cpo"]}, "sync_reference"),
     ({"forward_layout": "separate", "concatenated_forward": True}, "concatenated_forward"),
     ({"forward_layout": "concatenated", "concatenated_forward": False}, "concatenated_forward"),
     ({"num_epochs": 0.0}, "num_epochs"),
@@ -161,6 +168,9 @@ GOOD = [
     {"f_divergence": "alpha", "f_divergence_alpha": 0.25},
     {"loss_type": ["dpo", "bco_pair"], "loss_weights": [0.8, 0.2], "sft_weight": 1.0},
     {"loss_weights": [2.0]},
+    {"sync_reference": True, "reference_mixup_alpha": 1.0, "reference_sync_steps": 1},
+    {"sync_reference": True, "loss_type": ["dpo", "simpo"]},
+    {"sync_reference": True, "loss_type": "kto"},
     {"seed": 2**32 - 1, "data_seed": 0},
 ]
 
