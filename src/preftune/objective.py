@@ -90,15 +90,23 @@ class Objective(ABC, Generic[L]):
     loss: Any
     """On the kind of rows that the subclass is for."""
 
-    def __init__(self, loss: Any, live_reference: LiveReference | None = None) -> None:
+    def __init__(
+        self,
+        loss: Any,
+        *,
+        live_reference: LiveReference | None = None,
+        load_balancing_weight: float = 0.0,
+    ) -> None:
         """Use one loss for every micro-batch.
 
         Args:
             loss: on the kind of rows that the subclass is for.
             live_reference: scores the micro-batches that hold no log-probs of the reference.
+            load_balancing_weight: of the load-balancing loss of a mixture of experts in training.
         """
         self.loss = loss
         self.live_reference = live_reference
+        self.load_balancing_weight = load_balancing_weight
 
     def __call__(
         self,
@@ -121,8 +129,12 @@ class Objective(ABC, Generic[L]):
             micro_batch = replace(micro_batch, layout=micro_batch.trained)
         if batch is None:  # or the reference's log-probs are in it
             micro_batch = self._with_reference(micro_batch)
-        logps = self._counted(self._from_forward(model, micro_batch), micro_batch)
-        return self.output(logps, batch=batch, running=running)
+        sequences = self._forward(model, micro_batch, with_routing=self.load_balancing_weight > 0)
+        logps = self._counted(self._split(sequences, micro_batch), micro_batch)
+        output = self.output(logps, batch=batch, running=running)
+        if sequences.routing is None:
+            return output
+        return self._balanced(output, sequences.routing.loss, micro_batch.num_rows)
 
     def output(
         self, logps: L, *, batch: GlobalBatch[L] | None = None, running: Tensor | None = None
@@ -153,7 +165,30 @@ class Objective(ABC, Generic[L]):
 
     def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
         """The log-probs that the loss reads, a dummy's too."""
-        return self._from_forward(model, self._with_reference(micro_batch))
+        micro_batch = self._with_reference(micro_batch)
+        return self._split(self._forward(model, micro_batch), micro_batch)
+
+    def _balanced(self, output: ObjectiveOutput, balance: Tensor, num_rows: int) -> ObjectiveOutput:
+        """The same with the load-balancing loss of the micro-batch, counted once a row.
+
+        A step's is then a mean over its micro-batches, each weighted by its rows. It compares the
+        tokens of a micro-batch with each other, so other micro-batches have another one.
+        """
+        loss_sum = output.loss_sum + self.load_balancing_weight * num_rows * balance
+        metric = RowMetric(balance.detach().expand(num_rows))
+        return replace(
+            output, loss_sum=loss_sum, metrics=output.metrics | {"load_balancing_loss": metric}
+        )
+
+    def _forward(
+        self, model: nn.Module, micro_batch: MicroBatch, *, with_routing: bool = False
+    ) -> SequenceLogps:
+        return pair_logps(
+            model,
+            micro_batch.layout,
+            with_alignment=self.loss.reads_alignment,
+            with_routing=with_routing,
+        )
 
     def _with_reference(self, micro_batch: MicroBatch) -> MicroBatch:
         """Before the policy's forward, whose activations then need not be there, too."""
@@ -169,8 +204,8 @@ class Objective(ABC, Generic[L]):
         return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
 
     @abstractmethod
-    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> L:
-        """The policy's log-probs beside the reference's, which the micro-batch holds."""
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> L:
+        """The policy's log-probs by row, beside the reference's, which the micro-batch holds."""
 
     @abstractmethod
     def sides(self, logps: L) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -197,8 +232,7 @@ class PairObjective(Objective[PairLogps]):
 
     loss: Loss
 
-    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
-        sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> PairLogps:
         return as_pairs(sequences, micro_batch.reference, micro_batch.columns)
 
     def sides(self, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -231,8 +265,7 @@ class CompletionObjective(Objective[CompletionLogps]):
 
     loss: UnpairedLoss
 
-    def _from_forward(self, model: nn.Module, micro_batch: MicroBatch) -> CompletionLogps:
-        sequences = pair_logps(model, micro_batch.layout)
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> CompletionLogps:
         return as_completions(sequences, micro_batch.reference, micro_batch.columns)
 
     def sides(self, logps: CompletionLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -258,12 +291,15 @@ class CompletionObjective(Objective[CompletionLogps]):
         return self.loss.next_running(logps)
 
 
-def objective_of(
-    loss: Loss | UnpairedLoss, live_reference: LiveReference | None = None
-) -> PairObjective | CompletionObjective:
-    """What trains with a loss; the arguments are those of `Objective`."""
+def objective_of(loss: Loss | UnpairedLoss, **options: Any) -> PairObjective | CompletionObjective:
+    """What trains with a loss.
+
+    Args:
+        loss: which loss.
+        **options: those of `Objective`.
+    """
     kind = PairObjective if isinstance(loss, Loss) else CompletionObjective
-    return kind(loss, live_reference)
+    return kind(loss, **options)
 
 
 def _pair_metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:

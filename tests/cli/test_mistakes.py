@@ -157,6 +157,8 @@ MISTAKES = {
     "a knob of another loss": given(gamma_beta_ratio=0.5),
     "a weight of wpo with simpo": given(loss_type="simpo", wpo_alignment="none"),
     "a reference with simpo": given(loss_type="simpo", reference_model_name_or_path="model"),
+    "a negative weight of balance": given(load_balancing_weight=-0.01),
+    "balance between the experts of a model without any": given(load_balancing_weight=0.01),
     "a share of the policy in a reference that stays": given(reference_mixup_alpha=0.6),
     "steps between syncs of a reference that stays": given(reference_sync_steps=64),
     "a reference that follows, with simpo": given(loss_type="simpo", sync_reference="true"),

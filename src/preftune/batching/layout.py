@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from preftune.config.dpo import Layout as LayoutName
@@ -74,6 +74,16 @@ class Block:
     """Of a packed row; None counts from 0 in every row."""
     segments: Segments | None = None
     """Of a packed row; None is causal attention in every row."""
+    row_lengths: Int[Tensor, " rows"] | None = None
+    """Tokens of each row that are no padding; None: all."""
+
+    @property
+    def real_tokens(self) -> Bool[Tensor, " tokens"]:
+        """Which positions of the flattened rows are no padding."""
+        if self.row_lengths is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool).flatten()
+        columns = torch.arange(self.input_ids.shape[1], device=self.row_lengths.device)
+        return (columns < self.row_lengths.unsqueeze(1)).flatten()
 
     def to(self, device: torch.device) -> "Block":
         """The same block with its tensors on `device`."""
@@ -298,4 +308,5 @@ def _padded_block(sequences: list[_Sequence], group: list[int]) -> Block:
         torch.tensor(lengths, dtype=torch.long),
         tuple(lengths),
         tuple(group),
+        row_lengths=torch.tensor([sequences[i].length for i in group], dtype=torch.long),
     )

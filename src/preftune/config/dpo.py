@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from preftune.config.problem import Problem, count
+from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
 from preftune.losses.knobs import KNOBS, LossKnobs
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
@@ -89,8 +89,8 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
         key, value = ("loss_weights", weights) if weights else ("sft_weight", config.sft_weight)
         message = f"the loss {unpaired[0]} trains on single completions and does not read it"
         found.append(Problem(key, value, message, ("loss_type",)))
-    if config.sft_weight < 0:
-        found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
+    for key in ("sft_weight", "load_balancing_weight"):
+        found += below(key, getattr(config, key), 0, "it must be at least 0")
     return found
 
 
@@ -113,6 +113,11 @@ class LossChoice:
 @dataclass(kw_only=True)
 class DPOConfig(LossKnobs, LossChoice, Section):
     """The loss. A knob left unset takes the default of the chosen loss."""
+
+    load_balancing_weight: float = 0.0
+    """Weight of a loss beside the others that spreads tokens evenly over the experts of a mixture;
+    0 (off) or more. Only for models with routers. Computed in each forward by itself, on its real
+    tokens, so it depends on which pairs share one."""
 
     sync_reference: bool = False
     """Let the reference follow the policy (TR-DPO). It then runs beside the policy, a copy in

@@ -100,7 +100,11 @@ def train(config: ExperimentConfig) -> TrainResult:
         "parameters": loaded.num_parameters,
     }
     batcher, held_out = run.batchers(fields)
-    objective = objective_of(loss_of(config), live_reference)
+    objective = objective_of(
+        loss_of(config),
+        live_reference=live_reference,
+        load_balancing_weight=config.load_balancing_weight,
+    )
     micro_batching = MicroBatching(
         pairs.train.examples.sizes,
         layout.name,

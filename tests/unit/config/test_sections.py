@@ -81,6 +81,7 @@ BAD = [
     ({"loss_type": ["dpo", "wpo"], "loss_weights": [1.0]}, "loss_weights"),
     ({"loss_weights": [0.0]}, "loss_weights"),
     ({"sft_weight": -0.1}, "sft_weight"),
+    ({"load_balancing_weight": -0.01}, "load_balancing_weight"),
     ({"reference_mixup_alpha": 0.6}, "reference_mixup_alpha"),
     ({"reference_sync_steps": 8}, "reference_sync_steps"),
     ({"sync_reference": True, "reference_mixup_alpha": 0.0}, "reference_mixup_alpha"),
