@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from preftune import train
-from preftune.errors import CheckpointError
+from preftune.errors import CheckpointError, TrainingDiverged
 from preftune.model.forward import PolicyModel
 from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, write_jsonl
@@ -166,6 +166,16 @@ def test_a_checkpoint_without_its_reference_is_damaged(straight, tmp_path):
     (checkpoint / "reference.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000003 is damaged.*reference\.safetensors"):
         run(straight, tmp_path / "run", **RESUMED)
+
+
+def test_a_sync_after_a_bad_step_is_not_in_the_state_from_before_it(tmp_path):
+    """Step 2 is bad, which shows at step 4; in between, two syncs were due."""
+    options = {"optimizer": "sgd", "learning_rate": 1e38, "warmup_steps": 0, "logging_steps": 4}
+    with pytest.raises(TrainingDiverged, match="step 2 is not finite"):
+        run(tmp_path, "run", **OFTEN, **options)
+    saved = load_file(tmp_path / "run/checkpoints/step-00000001/reference.safetensors")
+    initial = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], initial[name]) for name in initial)
 
 
 def test_what_will_have_no_effect_is_said(tmp_path, capsys):

@@ -134,7 +134,8 @@ def load_checkpoint(
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     if document.get("running") is not None:
-        state.running = torch.tensor(document["running"]).to(state.num_tokens)
+        kept = torch.tensor(document["running"], dtype=torch.float64)  # all bits of the JSON's
+        state.running = kept.to(state.num_tokens.device)
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
 
