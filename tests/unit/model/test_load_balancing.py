@@ -106,10 +106,10 @@ def test_it_equals_that_of_transformers_on_real_tokens(name, layout):
     assert routing is not None
     routing.loss.backward()
     # Experts are not taken alike, or the comparison would see little.
-    assert routing.loss.item() > 2.005
+    assert routing.loss.item() > 2.001
     assert routing.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     off = (gradient(policy.model) - expected_gradient).norm()
-    assert off <= 1e-4 * expected_gradient.norm()
+    assert off <= 1e-5 * expected_gradient.norm()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
