@@ -118,6 +118,27 @@ def tiny_model(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
 
+def tiny_mixture(*, seed: int = 0, **overrides: Any) -> Any:
+    """Make a random 2-layer Mixtral of 4 experts, 2 a token, that prefers some of them.
+
+    Args:
+        seed: of the weights; the global generator is left as it was.
+        **overrides: fields of `MixtralConfig`.
+    """
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings = tiny_model().config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pad_token_id")
+    kept += ("num_attention_heads", "num_key_value_heads", "eos_token_id", "bos_token_id")
+    mixture: dict[str, Any] = {key: settings[key] for key in kept}
+    mixture |= {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512}
+    mixture |= {"initializer_range": 0.2, "dtype": torch.float32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(MixtralConfig(**(mixture | overrides))).eval()
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write one JSON object a line, making folders as needed, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)

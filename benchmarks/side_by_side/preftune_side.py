@@ -14,6 +14,7 @@ from preftune import ExperimentConfig
 from preftune.batching.batcher import MicroBatch
 from preftune.config.model import ModelConfig
 from preftune.losses import PairLogps
+from preftune.model.forward import SequenceLogps
 from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.objective import PairObjective
@@ -89,8 +90,8 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
     sums: dict[str, list[list[float]]] = {}
 
     class Recording(PairObjective):
-        def logps(self, model: Any, micro_batch: MicroBatch) -> PairLogps:
-            logps = super().logps(model, micro_batch)
+        def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> PairLogps:
+            logps = super()._split(sequences, micro_batch)
             named = {
                 "policy_chosen": logps.chosen,
                 "policy_rejected": logps.rejected,
@@ -107,7 +108,7 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
             (run, "reference_logps", lambda _, *args, **kw: score(reference, *args, **kw)),
             (dpo, "check_step_zero", lambda *args, **kwargs: None),
             (run, "try_heaviest", lambda *args, **kwargs: None),  # no step: not to be recorded
-            (dpo, "PairObjective", Recording),
+            (dpo, "objective_of", Recording),
         ):
             patches.enter_context(patch.object(place, name, value))
         dpo.train(config)

@@ -22,6 +22,7 @@ from preftune.losses import (
     UnpairedLoss,
 )
 from preftune.model.forward import SequenceLogps, pair_logps
+from preftune.reference.live import LiveReference
 
 L = TypeVar("L", PairLogps, CompletionLogps)
 
@@ -89,6 +90,24 @@ class Objective(ABC, Generic[L]):
     loss: Any
     """On the kind of rows that the subclass is for."""
 
+    def __init__(
+        self,
+        loss: Any,
+        *,
+        live_reference: LiveReference | None = None,
+        load_balancing_weight: float = 0.0,
+    ) -> None:
+        """Use one loss for every micro-batch.
+
+        Args:
+            loss: on the kind of rows that the subclass is for.
+            live_reference: scores the micro-batches that hold no log-probs of the reference.
+            load_balancing_weight: of the load-balancing loss of a mixture of experts in training.
+        """
+        self.loss = loss
+        self.live_reference = live_reference
+        self.load_balancing_weight = load_balancing_weight
+
     def __call__(
         self,
         model: nn.Module,
@@ -108,7 +127,14 @@ class Objective(ABC, Generic[L]):
         if batch is not None and micro_batch.trained is not None:
             # The other answers are in `batch`, and no gradient goes through them.
             micro_batch = replace(micro_batch, layout=micro_batch.trained)
-        return self.output(self.rows(model, micro_batch), batch=batch, running=running)
+        if batch is None:  # or the reference's log-probs are in it
+            micro_batch = self._with_reference(micro_batch)
+        sequences = self._forward(model, micro_batch, with_routing=self.load_balancing_weight > 0)
+        logps = self._counted(self._split(sequences, micro_batch), micro_batch)
+        output = self.output(logps, batch=batch, running=running)
+        if sequences.routing is None:
+            return output
+        return self._balanced(output, sequences.routing.loss, micro_batch.num_rows)
 
     def output(
         self, logps: L, *, batch: GlobalBatch[L] | None = None, running: Tensor | None = None
@@ -135,14 +161,51 @@ class Objective(ABC, Generic[L]):
 
         Of a dummy there are none, but its graph is there, in which every rank must take part.
         """
-        logps = self.logps(model, micro_batch)
+        return self._counted(self.logps(model, micro_batch), micro_batch)
+
+    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
+        """The log-probs that the loss reads, a dummy's too."""
+        micro_batch = self._with_reference(micro_batch)
+        return self._split(self._forward(model, micro_batch), micro_batch)
+
+    def _balanced(self, output: ObjectiveOutput, balance: Tensor, num_rows: int) -> ObjectiveOutput:
+        """The same with the load-balancing loss of the micro-batch, counted once a row.
+
+        A step's is then a mean over its micro-batches, each weighted by its rows. It compares the
+        tokens of a micro-batch with each other, so other micro-batches have another one.
+        """
+        loss_sum = output.loss_sum + self.load_balancing_weight * num_rows * balance
+        metric = RowMetric(balance.detach().expand(num_rows))
+        return replace(
+            output, loss_sum=loss_sum, metrics=output.metrics | {"load_balancing_loss": metric}
+        )
+
+    def _forward(
+        self, model: nn.Module, micro_batch: MicroBatch, *, with_routing: bool = False
+    ) -> SequenceLogps:
+        return pair_logps(
+            model,
+            micro_batch.layout,
+            with_alignment=self.loss.reads_alignment,
+            with_routing=with_routing,
+        )
+
+    def _with_reference(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Before the policy's forward, whose activations then need not be there, too."""
+        if self.live_reference is None or micro_batch.reference is not None:
+            return micro_batch
+        sums = self.live_reference.logps(micro_batch.layout)
+        # A dummy is laid out as one row.
+        return replace(micro_batch, reference=sums.view(max(micro_batch.num_rows, 1), -1))
+
+    def _counted(self, logps: L, micro_batch: MicroBatch) -> L:
         if micro_batch.num_rows:
             return logps
         return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
 
     @abstractmethod
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> L:
-        """The log-probs that the loss reads, a dummy's too."""
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> L:
+        """The policy's log-probs by row, beside the reference's, which the micro-batch holds."""
 
     @abstractmethod
     def sides(self, logps: L) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -167,13 +230,9 @@ class Objective(ABC, Generic[L]):
 class PairObjective(Objective[PairLogps]):
     """A loss on pairs."""
 
-    def __init__(self, loss: Loss) -> None:
-        """Use `loss` for every micro-batch."""
-        self.loss: Loss = loss
+    loss: Loss
 
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> PairLogps:
-        """The log-probs that the loss reads, a dummy's too."""
-        sequences = pair_logps(model, micro_batch.layout, with_alignment=self.loss.reads_alignment)
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> PairLogps:
         logps = as_pairs(sequences, micro_batch.reference, micro_batch.columns)
         return replace(logps, mean_chosen_length=micro_batch.mean_chosen_length)
 
@@ -205,13 +264,9 @@ class PairObjective(Objective[PairLogps]):
 class CompletionObjective(Objective[CompletionLogps]):
     """A loss on single labelled completions."""
 
-    def __init__(self, loss: UnpairedLoss) -> None:
-        """Use `loss` for every micro-batch."""
-        self.loss: UnpairedLoss = loss
+    loss: UnpairedLoss
 
-    def logps(self, model: nn.Module, micro_batch: MicroBatch) -> CompletionLogps:
-        """The log-probs that the loss reads, a dummy's too."""
-        sequences = pair_logps(model, micro_batch.layout)
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> CompletionLogps:
         return as_completions(sequences, micro_batch.reference, micro_batch.columns)
 
     def sides(self, logps: CompletionLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -237,9 +292,15 @@ class CompletionObjective(Objective[CompletionLogps]):
         return self.loss.next_running(logps)
 
 
-def objective_of(loss: Loss | UnpairedLoss) -> PairObjective | CompletionObjective:
-    """What trains with a loss."""
-    return PairObjective(loss) if isinstance(loss, Loss) else CompletionObjective(loss)
+def objective_of(loss: Loss | UnpairedLoss, **options: Any) -> PairObjective | CompletionObjective:
+    """What trains with a loss.
+
+    Args:
+        loss: which loss.
+        **options: those of `Objective`.
+    """
+    kind = PairObjective if isinstance(loss, Loss) else CompletionObjective
+    return kind(loss, **options)
 
 
 def _pair_metrics(logps: PairLogps, result: PairLoss) -> dict[str, Tensor]:

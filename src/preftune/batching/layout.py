@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from preftune.config.dpo import Layout as LayoutName
@@ -76,6 +76,16 @@ class Block:
     """Of a packed row; None is causal attention in every row."""
     weights: Float[Tensor, " scored"] | None = None
     """fp64: how much each scored token weighs in an answer's weighted sum; None: 1 each."""
+    row_lengths: Int[Tensor, " rows"] | None = None
+    """Tokens of each row that are no padding; None: all."""
+
+    @property
+    def real_tokens(self) -> Bool[Tensor, " tokens"]:
+        """Which positions of the flattened rows are no padding."""
+        if self.row_lengths is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool).flatten()
+        columns = torch.arange(self.input_ids.shape[1], device=self.row_lengths.device)
+        return (columns < self.row_lengths.unsqueeze(1)).flatten()
 
     def to(self, device: torch.device) -> "Block":
         """The same block with its tensors on `device`."""
@@ -336,4 +346,5 @@ def _padded_block(
         tuple(lengths),
         tuple(group),
         weights=_weights_of(weights, group),
+        row_lengths=torch.tensor([sequences[i].length for i in group], dtype=torch.long),
     )

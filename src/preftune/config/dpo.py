@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from preftune.config.problem import Problem
+from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
 from preftune.losses.knobs import KNOBS, LossKnobs, MeanOver
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
+_SYNC_DEFAULTS = {"reference_mixup_alpha": 0.6, "reference_sync_steps": 512}
 PACKED_ONLY = ("varlen", "flex")
 """Values of `attn_implementation` that padded pairs cannot have."""
 
@@ -47,6 +48,27 @@ def knob_problems(config: "DPOConfig") -> list[Problem]:
     return found
 
 
+def sync_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of a reference that follows the policy."""
+    alpha, steps = config.reference_mixup_alpha, config.reference_sync_steps
+    settings = {"reference_mixup_alpha": alpha, "reference_sync_steps": steps}
+    if not config.sync_reference:
+        message = "the reference stays as it is: set sync_reference true, or leave it out"
+        return [
+            Problem(key, value, message, ("sync_reference",))
+            for key, value in settings.items()
+            if value is not None
+        ]
+    found = count("reference_sync_steps", steps)
+    if alpha is not None and not 0 < alpha <= 1:
+        found.append(Problem("reference_mixup_alpha", alpha, "it must be above 0 and at most 1"))
+    if not config.needs_reference:
+        named = ", ".join(loss.value for loss in config.loss_types)
+        message = f"no reference is read by the loss {named}: leave it out"
+        found.append(Problem("sync_reference", True, message, ("loss_type",)))
+    return found
+
+
 def weight_problems(config: "DPOConfig") -> list[Problem]:
     """The problems of what losses are summed, and how."""
     found, losses, weights = [], config.loss_types, config.loss_weights
@@ -67,9 +89,9 @@ def weight_problems(config: "DPOConfig") -> list[Problem]:
         key, value = ("loss_weights", weights) if weights else ("sft_weight", config.sft_weight)
         message = f"the loss {unpaired[0]} trains on single completions and does not read it"
         found.append(Problem(key, value, message, ("loss_type",)))
-    if config.sft_weight < 0:
-        found.append(Problem("sft_weight", config.sft_weight, "it must be at least 0"))
-    elif config.sft_weight == 0 and config.sft_reduction is not None:
+    for key in ("sft_weight", "load_balancing_weight"):
+        found += below(key, getattr(config, key), 0, "it must be at least 0")
+    if config.sft_weight == 0 and config.sft_reduction is not None:
         message = "sft_weight is 0 (off), so nothing reads it; set sft_weight, or leave it unset"
         found.append(Problem("sft_reduction", config.sft_reduction, message, ("sft_weight",)))
     return found
@@ -118,6 +140,23 @@ class LossChoice:
 class DPOConfig(LossKnobs, LossChoice, Section):
     """The loss. A knob left unset takes the default of the chosen loss."""
 
+    load_balancing_weight: float = 0.0
+    """Weight of a loss beside the others that spreads tokens evenly over the experts of a mixture;
+    0 (off) or more. Only for models with routers. Computed in each forward by itself, on its real
+    tokens, so it depends on which pairs share one."""
+
+    sync_reference: bool = False
+    """Let the reference follow the policy (TR-DPO). It then runs beside the policy, a copy in
+    memory, and its log-probs are not stored."""
+
+    reference_mixup_alpha: float | None = None
+    """The policy's share in the new reference at a sync, above 0, at most 1 (the policy itself).
+    Unset: 0.6 with `sync_reference`."""
+
+    reference_sync_steps: int | None = None
+    """Optimizer steps from one sync of the reference to the next, 1 or more. Unset: 512 with
+    `sync_reference`."""
+
     forward_layout: ForwardLayout = "auto"
     """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
     once; concatenated: chosen and rejected as padded rows of one forward; separate: one side after
@@ -139,6 +178,10 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         for name, values in defaults.items():
             if getattr(self, name) is None and len(values) == 1:
                 setattr(self, name, values.pop())
+        if self.sync_reference:
+            for name, default in _SYNC_DEFAULTS.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
 
     @property
     def loss_types(self) -> list[DPOLossType]:
@@ -173,6 +216,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)
 
     @property
+    def stores_reference(self) -> bool:
+        """Whether the reference's log-probs are computed once, before the first step, and kept."""
+        return self.needs_reference and not self.sync_reference
+
+    @property
     def unpaired(self) -> bool:
         """Whether a loss trains on single labelled answers: then pairs are taken apart."""
         return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
@@ -190,6 +238,7 @@ class DPOConfig(LossKnobs, LossChoice, Section):
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = [*weight_problems(self), *length_problems(self), *knob_problems(self)]
+        found += sync_problems(self)
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

@@ -1,7 +1,8 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from preftune.batching.layout import Block, PairLayout
+from preftune.model.load_balancing import Routing, experts_a_token, routing_of
 from preftune.model.logprob_head import (
     HeadTransform,
     chunk_memory,
@@ -38,6 +40,8 @@ class SequenceLogps:
     """Mean over tokens of log p(y_t) - log sum_v p(v)^2; None unless asked for."""
     per_token: list[Float[Tensor, " _"]]
     """Log-prob of each scored token, answer by answer; without gradient."""
+    routing: Routing | None = None
+    """Of all tokens that were forwarded, prompts too; None unless asked for."""
 
 
 class PolicyModel(nn.Module):
@@ -76,14 +80,17 @@ class PolicyModel(nn.Module):
         memory = chunk_memory(self.model.device)
         return head_chunk_size(memory, config.hidden_size, config.vocab_size)
 
-    def forward(self, layout: PairLayout, with_alignment: bool = False) -> SequenceLogps:
+    def forward(
+        self, layout: PairLayout, with_alignment: bool = False, with_routing: bool = False
+    ) -> SequenceLogps:
         """See `pair_logps`."""
+        wanted = with_alignment, with_routing
         recompute = layout.one_at_a_time and torch.is_grad_enabled()
         results = [
-            checkpoint(self._block_logps, block, with_alignment, use_reentrant=False)
+            checkpoint(self._block_logps, block, *wanted, use_reentrant=False)
             # The backward begins with the last block, whose activations are there already.
             if recompute and block is not layout.blocks[-1]
-            else self._block_logps(block, with_alignment)
+            else self._block_logps(block, *wanted)
             for block in layout.blocks
         ]
         order = [i for block in layout.blocks for i in block.completion_ids]
@@ -96,6 +103,7 @@ class PolicyModel(nn.Module):
             return whole if in_order else whole[torch.tensor(at, device=whole.device)]
 
         pieces = [piece for result in results for piece in result.per_token]
+        routings = [result.routing for result in results if result.routing is not None]
         alignments = [result.alignment for result in results if result.alignment is not None]
         weighted = [result.weighted for result in results if result.weighted is not None]
         return SequenceLogps(
@@ -104,10 +112,11 @@ class PolicyModel(nn.Module):
             weighted=joined(weighted) if weighted else None,
             alignment=joined(alignments) if alignments else None,
             per_token=[pieces[i] for i in at],
+            routing=reduce(add, routings) if routings else None,
         )
 
-    def _block_logps(self, block: Block, with_alignment: bool) -> SequenceLogps:
-        hidden, head = self._scored_hidden(block)
+    def _block_logps(self, block: Block, with_alignment: bool, with_routing: bool) -> SequenceLogps:
+        hidden, head, routing = self._scored_hidden(block, with_routing)
         logps, alignment = token_logps(
             hidden,
             head,
@@ -128,19 +137,31 @@ class PolicyModel(nn.Module):
                 alignment.double(), "mean", lengths=block.lengths, unsafe=True
             )
         per_token = list(logps.detach().split(block.num_scored))
-        return SequenceLogps(sums, block.lengths, weighted, means, per_token)
+        return SequenceLogps(sums, block.lengths, weighted, means, per_token, routing)
 
-    def _scored_hidden(self, block: Block) -> tuple[Tensor, nn.Module]:
+    def _scored_hidden(
+        self, block: Block, with_routing: bool
+    ) -> tuple[Tensor, nn.Module, Routing | None]:
+        options = self._options(block)
+        if with_routing:
+            options["output_router_logits"] = True
         if self.compact_head:
             # No attention mask and no position ids: right padding needs neither under causal
             # attention, and transformers would read restarting positions as packed documents.
-            hidden = self.model.base_model(block.input_ids, **self._options(block))[0]
+            output = self.model.base_model(block.input_ids, **options)
+            hidden = output[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
         else:
-            hidden = self.model(block.input_ids, **self._options(block)).logits
+            output = self.model(block.input_ids, **options)
+            hidden = output.logits
             head = nn.Identity()
-        return hidden.flatten(0, 1)[block.score_positions], head
+        routing = None
+        if with_routing:
+            top_k = experts_a_token(self.model.config)
+            assert top_k is not None  # the recipe refuses models without routers
+            routing = routing_of(output.router_logits, top_k, block.real_tokens)
+        return hidden.flatten(0, 1)[block.score_positions], head, routing
 
     def _options(self, block: Block) -> dict[str, Any]:
         options: dict[str, Any] = {"use_cache": self.use_cache}
@@ -151,7 +172,11 @@ class PolicyModel(nn.Module):
 
 
 def pair_logps(
-    model: nn.Module, layout: PairLayout, *, with_alignment: bool = False
+    model: nn.Module,
+    layout: PairLayout,
+    *,
+    with_alignment: bool = False,
+    with_routing: bool = False,
 ) -> SequenceLogps:
     """Log-probs of every answer of a micro-batch under `model`.
 
@@ -159,8 +184,9 @@ def pair_logps(
         model: a `PolicyModel`, or an engine's wrapper of one.
         layout: what to compute, on the model's device.
         with_alignment: also compute what WPO's weight reads.
+        with_routing: also say what the routers of a mixture of experts did.
 
     Returns:
         Sums, lengths and per-token values, in the layout's numbering of answers.
     """
-    return model(layout, with_alignment)
+    return model(layout, with_alignment, with_routing)

@@ -12,12 +12,13 @@ from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.model.layout_choice import choose_layout, use_layout
 from preftune.model.load import load_model
 from preftune.objective import objective_of
-from preftune.recipes.loss import loss_of
+from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
+from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
@@ -87,6 +88,9 @@ def train(config: ExperimentConfig) -> TrainResult:
     use_layout(loaded.policy, layout)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
+    live_reference = LiveReference.of(config, loaded.policy, runtime)
+    for sentence in describe_sync(config, num_steps):
+        display.say(sentence)
     model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=layout.name)
@@ -96,7 +100,11 @@ def train(config: ExperimentConfig) -> TrainResult:
         "parameters": loaded.num_parameters,
     }
     batcher, held_out = run.batchers(fields)
-    objective = objective_of(loss_of(config))
+    objective = objective_of(
+        loss_of(config),
+        live_reference=live_reference,
+        load_balancing_weight=config.load_balancing_weight,
+    )
     micro_batching = MicroBatching(
         pairs.train.examples.sizes,
         layout.name,
@@ -108,7 +116,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
 
     # ---------------------------------------------------------------- train
-    state = TrainState.at_start(model, optimizer, runtime.device)
+    state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state)
     trackers = [metrics_file, *run.trackers(state.step)]

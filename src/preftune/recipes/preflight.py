@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.experiment import ExperimentConfig
@@ -17,6 +18,7 @@ from preftune.data.template_files import template_text
 from preftune.distributed.runtime import multiplies_bf16, resolve_precision
 from preftune.errors import ConfigError, Findings
 from preftune.model.load import load_model_config, model_commit
+from preftune.model.load_balancing import experts_a_token
 from preftune.recipes.pairs import prepare_tokenizer
 from preftune.tracking.tracker import check_trackers
 from preftune.training.run_folder import RunStart, check_writable, plan_start
@@ -77,12 +79,30 @@ def look_at_model(
         # A branch may move while the run is away: what it stood for at the start stays.
         known = None if start is None else start.model_commit
         pinned = replace(config, model_revision=known or model_commit(config))
-        load_model_config(pinned)
+        check_routers(config, load_model_config(pinned))
         return pinned, prepare_tokenizer(pinned)
     if config.chat_template is not None:
         with findings:  # it may be wrong, too
             template_text(config.chat_template)
     return None
+
+
+def check_routers(config: ExperimentConfig, model_config: PreTrainedConfig) -> None:
+    """Refuse to spread tokens over experts that the model has not.
+
+    Args:
+        config: of the run.
+        model_config: of the model's architecture.
+
+    Raises:
+        ConfigError: no routers are known.
+    """
+    if config.load_balancing_weight > 0 and experts_a_token(model_config) is None:
+        raise ConfigError(
+            f"load_balancing_weight is {config.load_balancing_weight}, and "
+            f"{config.model_name_or_path} (a {model_config.model_type}) has no routers to experts "
+            "that transformers would show; leave it out"
+        )
 
 
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:

@@ -117,7 +117,7 @@ class Run:
     ) -> RowBatcher:
         config, runtime = self.config, self.runtime
         values = None
-        if config.needs_reference:
+        if config.stores_reference:
             store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
             # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
             # forward would wait for the other ranks; they then find the values in the store.

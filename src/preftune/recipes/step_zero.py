@@ -21,7 +21,7 @@ def check_step_zero(
     *,
     is_exact: bool,
 ) -> float:
-    """Compare the policy with the stored reference, side by side, and the loss with its constant.
+    """Compare the policy with the reference, side by side, and the loss with its constant.
 
     The loss alone is blind: scoring the prompt on both sides, or both models on a wrong base,
     still gives ln 2. So each side's log-probs are compared as well.
@@ -29,7 +29,7 @@ def check_step_zero(
     Args:
         model: prepared, before any update and before a checkpoint is restored.
         objective: the loss.
-        batcher: pairs with their stored reference values.
+        batcher: pairs with their stored reference values, if the reference is not a live one.
         rows: which pairs to look at.
         is_exact: whether weights and products are fp32; bf16 rounds by batch composition, so its
             tolerance is wide.
@@ -53,18 +53,26 @@ def check_step_zero(
             raise CacheError(
                 f"before the first step the policy gives the {side} answer of "
                 f"{batcher.examples[rows[worst]].row_id} a log-prob of {float(policy[worst]):.6f}, "
-                f"the stored reference {float(reference[worst]):.6f}; they must agree to "
-                f"{float(tolerance[worst]):.2g}. The store does not belong to this model: delete "
-                "its folder under cache_dir/reference, or give another --cache_dir"
+                f"the reference {float(reference[worst]):.6f}; they must agree to "
+                f"{float(tolerance[worst]):.2g}. {_remedy(batcher)}"
             )
     expected = objective.value_at_reference(logps)
     allowed = 1e-4 if is_exact else 0.1
     if expected is not None and not math.isclose(loss, expected, abs_tol=allowed * (1 + expected)):
         raise CacheError(
             f"before the first step the loss is {loss:.6f}; it must be {expected:.6f}, because "
-            "policy and reference are still equal. Delete the store under cache_dir/reference"
+            f"policy and reference are still equal. {_remedy(batcher)}"
         )
     return loss
+
+
+def _remedy(batcher: RowBatcher) -> str:
+    if batcher.reference is None:
+        return "The fault is preftune's: please report it"
+    return (
+        "The store does not belong to this model: delete its folder under cache_dir/reference, "
+        "or give another --cache_dir"
+    )
 
 
 def _tolerance(lengths: torch.Tensor, logps: torch.Tensor, is_exact: bool) -> torch.Tensor:

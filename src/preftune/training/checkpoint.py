@@ -2,6 +2,7 @@
 
     step-00000100/model.safetensors      weights by parameter name, in the training dtype
     step-00000100/optimizer.safetensors  "<state>/<parameter name>"
+    step-00000100/reference.safetensors  of a reference that follows the policy: as the model's
     step-00000100/rng.safetensors        generators of torch on the CPU and the devices
     step-00000100/state.json             counters, metrics, configuration, generators of Python
 
@@ -46,6 +47,9 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     try:
         save_file(named_weights(model), temporary / "model.safetensors")
+        if state.reference is not None:
+            reference = named_weights(state.reference.model)
+            save_file(reference, temporary / "reference.safetensors")
         save_file(_optimizer_tensors(state, model), temporary / "optimizer.safetensors")
         save_file(_generator_tensors(), temporary / "rng.safetensors")
         document = {
@@ -116,11 +120,16 @@ def load_checkpoint(
     document = read_document(folder)
     try:
         weights = load_file(folder / "model.safetensors")
+        reference = {}
+        if state.reference is not None:
+            reference = load_file(folder / "reference.safetensors")
         optimizer = load_file(folder / "optimizer.safetensors")
         generators = load_file(folder / "rng.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(folder, error) from error
     _restore_weights(folder, weights, model)
+    if state.reference is not None:
+        _restore_weights(folder, reference, state.reference.model)
     _restore_optimizer(optimizer, state, model)
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])

@@ -11,6 +11,7 @@ from preftune.batching.batcher import MicroBatch
 from preftune.distributed.runtime import Runtime
 from preftune.metrics import MetricSums
 from preftune.objective import GlobalBatch, Objective, gathered
+from preftune.reference.live import LiveReference
 
 
 @dataclass
@@ -32,13 +33,22 @@ class TrainState:
     running: Tensor | None = None
     """On the device, fp64: the few numbers that the loss keeps from one global batch to the next;
     None for losses that keep nothing, and before the first step."""
+    reference: LiveReference | None = None
+    """The reference that follows the policy; None for one that stays."""
 
     @classmethod
-    def at_start(cls, model: nn.Module, optimizer: Any, device: torch.device) -> "TrainState":
+    def at_start(
+        cls,
+        model: nn.Module,
+        optimizer: Any,
+        device: torch.device,
+        reference: LiveReference | None = None,
+    ) -> "TrainState":
         """Before the first step."""
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(model, optimizer, 0, num_tokens, bad_step, MetricSums())
+        window = MetricSums()
+        return cls(model, optimizer, 0, num_tokens, bad_step, window, reference=reference)
 
 
 def train_step(
@@ -101,6 +111,8 @@ def train_step(
     state.window.add("learning_rate", learning_rate, 1)
     state.step += 1
     state.num_tokens = state.num_tokens + global_tokens
+    if state.reference is not None:
+        state.reference.follow(state.step, state.bad_step == 0)
 
 
 def _global_batches(

@@ -139,10 +139,22 @@ others = given_or_not(
 orders = st.fixed_dictionaries({"shuffle": st.just(False)}) | st.fixed_dictionaries(
     {"shuffle": st.just(True), "data_seed": st.none() | seeds}
 )
-configs = st.tuples(sources, orders, losses, lengths, warmups, optimizers, evaluations, others).map(
-    lambda parts: ExperimentConfig(
-        model_name_or_path="m", **{k: v for part in parts for k, v in part.items()}
-    )
+syncs = given_or_not(reference_mixup_alpha=fraction, reference_sync_steps=counts)
+
+
+def experiment(parts, sync):
+    """A configuration; one whose reference follows the policy, where the loss reads any."""
+    options = {"model_name_or_path": "m"} | {k: v for part in parts for k, v in part.items()}
+    config = ExperimentConfig(**options)
+    if not config.needs_reference:
+        return config
+    return ExperimentConfig(**options, sync_reference=True, **sync) if sync else config
+
+
+configs = st.builds(
+    experiment,
+    st.tuples(sources, orders, losses, lengths, warmups, optimizers, evaluations, others),
+    syncs,
 )
 
 

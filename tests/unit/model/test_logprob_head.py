@@ -317,9 +317,10 @@ class Step:
 class EveryPosition(PolicyModel):
     """The mutant: log-probs of prompts, too, before the scored ones are taken."""
 
-    def _scored_hidden(self, block: Block) -> tuple[Tensor, nn.Module]:
+    def _scored_hidden(self, block: Block, with_routing: bool) -> tuple[Tensor, nn.Module, None]:
         logits = self.model(block.input_ids, **self._options(block)).logits
-        return logits.log_softmax(dim=-1).flatten(0, 1)[block.score_positions], nn.Identity()
+        scored = logits.log_softmax(dim=-1).flatten(0, 1)[block.score_positions]
+        return scored, nn.Identity(), None
 
 
 def measure_step(kind: type[PolicyModel], prompt: int, vocab: int, name: Any, tied: bool) -> Step:

@@ -42,11 +42,11 @@ class CountingModel(PolicyModel):
         super().__init__(tiny_model())
         self.num_forwards, self.fail_at = 0, fail_at
 
-    def forward(self, layout, with_alignment=False):
+    def forward(self, layout, *wanted):
         self.num_forwards += 1
         if self.num_forwards == self.fail_at:
             raise KeyboardInterrupt
-        return super().forward(layout, with_alignment)
+        return super().forward(layout, *wanted)
 
 
 @pytest.fixture
