@@ -34,6 +34,7 @@ def run(root: Path, name: str, **settings) -> list[dict[str, float]]:
         {"loss_type": "wpo", "forward_layout": "concatenated"},
         {"loss_type": ["ipo", "simpo"], "forward_layout": "separate"},
         {"loss_type": "aot", "max_tokens_per_microbatch": 300},
+        {"loss_type": "dpo", "ld_alpha": 0.3},
         {"loss_type": "beta_dpo", "gradient_checkpointing": True},
         {"loss_type": "kto"},
         {"loss_type": "bco", "forward_layout": "concatenated"},

@@ -140,7 +140,7 @@ def test_held_out_metrics_equal_those_of_score(tmp_path, capsys):
 
 # What is no part of the numbers: tokens are counted as they are forwarded, and before the first
 # step both rewards are zero, so that rounding alone decides which of them is larger.
-BESIDE = ("num_tokens", "rewards/accuracies")
+BESIDE = ("num_tokens", "rewards/accuracies", "logratios/displaced")
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "separate"])

@@ -60,8 +60,9 @@ class LiveReference:
 
     @torch.no_grad()
     def logps(self, layout: PairLayout) -> Float[Tensor, " completions"]:
-        """Log-prob sums of every answer of a micro-batch, fp64, nats."""
-        return pair_logps(self._prepared, layout).sums
+        """Log-prob sums of every answer, fp64, nats; weighted where the layout says so."""
+        sequences = pair_logps(self._prepared, layout)
+        return sequences.sums if sequences.weighted is None else sequences.weighted
 
     @torch.no_grad()
     def follow(self, step: int, healthy: Bool[Tensor, ""]) -> None:
