@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from preftune import objective, train
+from preftune import train
+from preftune.batching import batcher
 from preftune.batching.layout import LengthLimits
 from preftune.cli.main import main
 from preftune.recipes import score
@@ -81,7 +82,7 @@ def test_training_and_its_reference_keep_lengths_apart(
 ) -> None:
     save_model(tmp_path / "model", kind)
     limits = {"dynamic": LengthLimits(start=LIMIT), "longrope": LengthLimits(switches=(LIMIT,))}
-    blocks: dict[Any, list[int]] = {objective: [], build: []}
+    blocks: dict[Any, list[int]] = {batcher: [], build: []}
     for module, counts in blocks.items():
 
         def watched(

@@ -49,7 +49,7 @@ def test_value_and_gradient(rows, beta, momentum, before, make_completions, chec
 
 def test_two_batches_by_hand(completions, make_completions):
     """The second has one label: the other's mean stays."""
-    loss, desirable = BCO(), completions["desirable"]
+    loss, desirable = BCO(beta=0.1), completions["desirable"]
     undesirable = replace(completions["undesirable"], policy=-7.0)
     first = make_completions([desirable, undesirable], grad=True)
     result, running = loss(first), loss.next_running(first)
@@ -72,7 +72,7 @@ def test_a_batch_without_a_label_leaves_its_mean(name, kept, before, completions
     """Bit for bit, and 0 where no batch came before."""
     running = None if before is None else torch.tensor(before, dtype=torch.float64)
     logps = replace(make_completions([completions[name]]), running=running)
-    after = BCO().next_running(logps)
+    after = BCO(beta=0.1).next_running(logps)
     assert after[kept] == (before or (0.0, 0.0))[kept]
     assert after[1 - kept] != (before or (0.0, 0.0))[1 - kept]
 
@@ -80,7 +80,7 @@ def test_a_batch_without_a_label_leaves_its_mean(name, kept, before, completions
 def test_each_label_counts_once_however_many_there_are(completions, make_completions):
     """Three desirable completions and one undesirable: δ is between the labels' means."""
     rows = [completions[n] for n in ("desirable", "desirable", "desirable", "undesirable")]
-    result = BCO(bco_momentum=0.0)(make_completions(rows))
+    result = BCO(beta=0.1, bco_momentum=0.0)(make_completions(rows))
     assert result.baseline.item() == pytest.approx((0.2 - 0.3) / 2)
 
 
@@ -88,5 +88,5 @@ def test_the_mean_is_that_of_the_labels_own_rewards(completions, make_completion
     """The first entry is m_D: swapping the labels swaps the entries."""
     rows = [completions[n] for n in ("desirable", "undesirable", "long")]
     swapped = [replace(row, is_desirable=not row.is_desirable) for row in rows]
-    here, there = (BCO().next_running(make_completions(batch)) for batch in (rows, swapped))
+    here, there = (BCO(beta=0.1).next_running(make_completions(batch)) for batch in (rows, swapped))
     assert torch.equal(here.flip(0), there)
