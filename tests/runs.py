@@ -1,6 +1,9 @@
 """Whole runs of `preftune train` on a tiny model, for tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,21 @@ def arguments(settings: dict[str, Any]) -> list[str]:
         for key, value in settings.items()
         for word in (f"--{key}", "null" if value is None else str(value))
     ]
+
+
+def train_on_two_ranks(settings: dict[str, Any]) -> None:
+    """`preftune train` with these options, by two processes on the CPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
+    result = subprocess.run(
+        [*launch, "-m", "preftune", "train", *arguments(settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def read_metrics(run: Path, *, with_perf: bool = False) -> list[dict[str, float]]:

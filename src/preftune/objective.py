@@ -344,14 +344,13 @@ def _completion_metrics(logps: CompletionLogps, result: CompletionLoss) -> dict[
 def as_pairs(sequences: SequenceLogps, reference: Tensor | None, columns: Any = None) -> PairLogps:
     """Split answers, numbered pair by pair, into the chosen and the rejected side."""
     plain, lengths = sequences.sums.view(-1, 2), sequences.lengths.view(-1, 2)
-    weighted = None if sequences.weighted is None else sequences.weighted.view(-1, 2)
-    sums = plain if weighted is None else weighted
+    sums, is_weighted = sequences.counted.view(-1, 2), sequences.weighted is not None
     alignment = None if sequences.alignment is None else sequences.alignment.view(-1, 2)
     return PairLogps(
         chosen=sums[:, 0],
         rejected=sums[:, 1],
-        plain_chosen=None if weighted is None else plain[:, 0],
-        plain_rejected=None if weighted is None else plain[:, 1],
+        plain_chosen=plain[:, 0] if is_weighted else None,
+        plain_rejected=plain[:, 1] if is_weighted else None,
         chosen_lengths=lengths[:, 0],
         rejected_lengths=lengths[:, 1],
         ref_chosen=None if reference is None else reference[:, 0],

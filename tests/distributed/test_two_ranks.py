@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from preftune import train
-from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import read_metrics, tiny_config, tiny_settings, train_on_two_ranks
 from tests.tiny import make_pairs, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -61,17 +61,7 @@ def test_two_ranks_equal_one(tmp_path, num_pairs, loss_type):
     train(tiny_config(tmp_path, **options, **one))
     two = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
     settings = tiny_settings(tmp_path, **options, **two, cache_dir=tmp_path / "cache-of-two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*launch, "-m", "preftune", "train", *arguments(settings)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    train_on_two_ranks(settings)
     first, second = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert len(first) == len(second) == 6
     for expected, got in zip(first, second, strict=True):

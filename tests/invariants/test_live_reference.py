@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.errors import CheckpointError, TrainingDiverged
 from preftune.model.forward import PolicyModel
-from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import read_metrics, tiny_config, tiny_settings, train_on_two_ranks
 from tests.tiny import make_pairs, write_jsonl
 
 SYNC = {"sync_reference": True}
@@ -195,17 +192,7 @@ def test_two_ranks_equal_one(tmp_path, loss_type):
     options |= {"eval_dataset": write_jsonl(tmp_path / "held_out.jsonl", make_pairs(5, seed=9))}
     one = run(tmp_path, "one", per_device_train_batch_size=8, **options)
     two = options | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*launch, "-m", "preftune", "train", *arguments(tiny_settings(tmp_path, **two))],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    train_on_two_ranks(tiny_settings(tmp_path, **two))
     got = read_metrics(tmp_path / "two")
     assert len(got) == len(one) == 6
     for expected, line in zip(one, got, strict=True):

@@ -1,16 +1,19 @@
 """What is added to a loss does not depend on how a global batch is cut."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from preftune import train
 from preftune.batching.batcher import RowBatcher
-from tests.runs import SHAPES, arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import (
+    SHAPES,
+    read_metrics,
+    tiny_config,
+    tiny_settings,
+    train_on_two_ranks,
+)
 
 TOKEN_MEAN = {"sft_weight": 0.5, "sft_reduction": "token"}
 MODIFIED = {
@@ -76,15 +79,5 @@ def test_two_ranks_equal_one(tmp_path):
     options = {"ld_alpha": 0.3, **TOKEN_MEAN, "gradient_accumulation_steps": 1}
     one = run(tmp_path, "one", **options, per_device_train_batch_size=8)
     two = settings(tmp_path, "two", **options, per_device_train_batch_size=4)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*launch, "-m", "preftune", "train", *arguments(tiny_settings(tmp_path, **two))],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    train_on_two_ranks(tiny_settings(tmp_path, **two))
     assert_alike(one, read_metrics(tmp_path / "two"))

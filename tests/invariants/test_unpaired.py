@@ -1,16 +1,19 @@
 """kto and bco on single labelled answers, weights and margins, in whole runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from preftune import train
 from preftune.errors import DataError
-from tests.runs import SHAPES, arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import (
+    SHAPES,
+    read_metrics,
+    tiny_config,
+    tiny_settings,
+    train_on_two_ranks,
+)
 from tests.tiny import make_pairs, write_jsonl
 
 
@@ -71,17 +74,7 @@ def test_two_ranks_equal_one(tmp_path, loss_type):
         output_dir=tmp_path / "two",
         cache_dir=tmp_path / "cache-of-two",
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*launch, "-m", "preftune", "train", *arguments(settings)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    train_on_two_ranks(settings)
     assert_alike(one, read_metrics(tmp_path / "two"))
     assert one[0]["loss"] == pytest.approx(0.5 if loss_type == "kto" else 0.693147, abs=1e-5)
     assert "eval/rewards/chosen" in one[2]

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from preftune.losses.base import Loss, PairLogps, PairLoss, smoothed_logistic
+from preftune.losses.base import Loss, PairLogps, PairLoss, of_same_rank, smoothed_logistic
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.AOT].knobs
@@ -62,8 +60,7 @@ class AOT(Loss):
         # The reference's margins: what is left of the policy's without its log-ratios.
         below = (above - (chosen - rejected)).detach()
         # The n-th smallest of the one against the n-th smallest of the other.
-        ranks = above.detach().argsort().argsort()
-        margins = self.beta * (above - torch.sort(below).values[ranks])
+        margins = self.beta * (above - of_same_rank(above, below))
         return PairLoss(
             values=smoothed_logistic(margins, self.label_smoothing),
             chosen_rewards=(self.beta * chosen).detach(),

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from preftune.losses.base import Loss, PairLogps, PairLoss, smoothed_logistic
+from preftune.losses.base import Loss, PairLogps, PairLoss, of_same_rank, smoothed_logistic
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 _DEFAULTS = LOSS_SPECS[DPOLossType.AOT_UNPAIRED].knobs
@@ -58,10 +56,8 @@ class AOTUnpaired(Loss):
             ValueError: if the reference's log-probs are missing.
         """
         chosen, rejected = self._logratios(logps)
-        above, below = chosen, rejected
         # The n-th smallest of the one against the n-th smallest of the other.
-        ranks = above.detach().argsort().argsort()
-        margins = self.beta * (above - torch.sort(below).values[ranks])
+        margins = self.beta * (chosen - of_same_rank(chosen, rejected))
         return PairLoss(
             values=smoothed_logistic(margins, self.label_smoothing),
             chosen_rewards=(self.beta * chosen).detach(),

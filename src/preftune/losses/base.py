@@ -279,6 +279,19 @@ def chosen_nll(logps: PairLogps, mean_over: MeanOver) -> Float[Tensor, " pairs"]
     return nll / logps.chosen_lengths.double().mean()
 
 
+def of_same_rank(
+    values: Float[Tensor, " pairs"], others: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """For each of `values` the one of `others` that has the same rank among them.
+
+    Args:
+        values: of a batch; only their order is read.
+        others: of the same batch; gradients flow to them.
+    """
+    ranks = values.detach().argsort().argsort()
+    return torch.sort(others).values[ranks]
+
+
 def mean_on_host(values: Float[Tensor, " pairs"]) -> float:
     """Mean over pairs in float64; waits for the device."""
     return values.detach().to("cpu", torch.float64).mean().item()

@@ -43,6 +43,11 @@ class SequenceLogps:
     routing: Routing | None = None
     """Of all tokens that were forwarded, prompts too; None unless asked for."""
 
+    @property
+    def counted(self) -> Float[Tensor, " completions"]:
+        """What losses compare: the weighted sums where there are, else the plain ones."""
+        return self.sums if self.weighted is None else self.weighted
+
 
 class PolicyModel(nn.Module):
     """A causal LM whose forward returns log-probs of the scored tokens.

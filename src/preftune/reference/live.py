@@ -61,8 +61,7 @@ class LiveReference:
     @torch.no_grad()
     def logps(self, layout: PairLayout) -> Float[Tensor, " completions"]:
         """Log-prob sums of every answer, fp64, nats; weighted where the layout says so."""
-        sequences = pair_logps(self._prepared, layout)
-        return sequences.sums if sequences.weighted is None else sequences.weighted
+        return pair_logps(self._prepared, layout).counted
 
     @torch.no_grad()
     def follow(self, step: int, healthy: Bool[Tensor, ""]) -> None:

@@ -7,20 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from preftune.config.dataset import COLUMNS
 from preftune.errors import DataError
 from preftune.schema import Example, Message, Role, Text
 
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "label",
-    "weight",
-    "margin",
-    "tools",
-    "source",
-)
 _LARGEST = sys.float_info.max
 
 
