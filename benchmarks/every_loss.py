@@ -4,6 +4,7 @@
     PREFTUNE_DATA=… python benchmarks/every_loss.py --losses simpo cpo --grid
 
 100 steps of 8 pairs of `rasbt-polite` from SmolLM2-135M, each loss with its documented defaults.
+A loss that reads a margin column gets one: how unlike the two answers are, from 0 to 1.
 `--grid` varies learning rate and beta instead. Runs that are finished in `--output` are not run
 again, and one that was stopped goes on, so the command may be repeated. The last lines are a table.
 """
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from preftune.config.paths import cache_root
@@ -47,7 +49,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     names = [loss.value for loss in DPOLossType]
-    add("--losses", nargs="+", choices=names, metavar="LOSS", help="unset: all that need no column")
+    add("--losses", nargs="+", choices=names, metavar="LOSS", help="unset: all")
     add("--grid", action="store_true", help="several learning rates and betas of each")
     add("--learning-rate", type=float, default=1e-5)
     add("--steps", type=int, default=100)
@@ -57,8 +59,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if "PREFTUNE_DATA" not in os.environ:
         parser.error("set PREFTUNE_DATA to the folder that holds rasbt-polite/")
-    if options.losses is None:
-        options.losses = [loss for loss in names if not LOSS_SPECS[DPOLossType(loss)].reads_margin]
+    options.losses = options.losses or names
     return options
 
 
@@ -73,6 +74,8 @@ def settings(loss: str, options: argparse.Namespace) -> list[tuple[float, float]
 def train(loss: str, rate: float, beta: float, model: Path, options: argparse.Namespace) -> Path:
     """One run through the command line; its folder."""
     data = Path(os.environ["PREFTUNE_DATA"]) / options.dataset
+    if LOSS_SPECS[DPOLossType(loss)].reads_margin:
+        data = with_margins(data, options.output / f"{options.dataset}-with-margins")
     run = options.output / f"{loss}-lr{rate:g}-beta{beta:g}"
     words = {
         "model_name_or_path": model,
@@ -93,6 +96,18 @@ def train(loss: str, rate: float, beta: float, model: Path, options: argparse.Na
     given = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     subprocess.run([sys.executable, "-m", "preftune", "train", *given], check=True)
     return run
+
+
+def with_margins(data: Path, folder: Path) -> Path:
+    """A copy of the data with a margin column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(data.glob("*.jsonl")):
+        pairs = [json.loads(line) for line in file.read_text().splitlines()]
+        for pair in pairs:
+            chosen, rejected = (str(pair[side]) for side in ("chosen", "rejected"))
+            pair["margin"] = round(1 - SequenceMatcher(None, chosen, rejected).ratio(), 3)
+        (folder / file.name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
 
 
 def row(loss: str, rate: float, beta: float, run: Path) -> str:

@@ -233,7 +233,12 @@ class PairObjective(Objective[PairLogps]):
     loss: Loss
 
     def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> PairLogps:
-        logps = as_pairs(sequences, micro_batch.reference, micro_batch.columns)
+        logps = as_pairs(
+            sequences,
+            micro_batch.reference,
+            micro_batch.columns,
+            with_prompt=self.loss.reads_prompt,
+        )
         return replace(logps, mean_chosen_length=micro_batch.mean_chosen_length)
 
     def sides(self, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -341,11 +346,25 @@ def _completion_metrics(logps: CompletionLogps, result: CompletionLoss) -> dict[
     }
 
 
-def as_pairs(sequences: SequenceLogps, reference: Tensor | None, columns: Any = None) -> PairLogps:
-    """Split answers, numbered pair by pair, into the chosen and the rejected side."""
-    plain, lengths = sequences.sums.view(-1, 2), sequences.lengths.view(-1, 2)
-    sums, is_weighted = sequences.counted.view(-1, 2), sequences.weighted is not None
-    alignment = None if sequences.alignment is None else sequences.alignment.view(-1, 2)
+def as_pairs(
+    sequences: SequenceLogps,
+    reference: Tensor | None,
+    columns: Any = None,
+    *,
+    with_prompt: bool = False,
+) -> PairLogps:
+    """Split answers, numbered pair by pair, into the chosen and the rejected side.
+
+    Args:
+        sequences: two answers a pair; with the prompt three, of which it is the last.
+        reference: (pairs, answers) sums of the reference.
+        columns: what else the data say of each pair.
+        with_prompt: whether the prompts were scored.
+    """
+    answers = 2 + with_prompt
+    plain, lengths = sequences.sums.view(-1, answers), sequences.lengths.view(-1, answers)
+    sums, is_weighted = sequences.counted.view(-1, answers), sequences.weighted is not None
+    alignment = None if sequences.alignment is None else sequences.alignment.view(-1, answers)
     return PairLogps(
         chosen=sums[:, 0],
         rejected=sums[:, 1],
@@ -355,6 +374,8 @@ def as_pairs(sequences: SequenceLogps, reference: Tensor | None, columns: Any = 
         rejected_lengths=lengths[:, 1],
         ref_chosen=None if reference is None else reference[:, 0],
         ref_rejected=None if reference is None else reference[:, 1],
+        prompt=plain[:, 2] if with_prompt else None,
+        prompt_lengths=lengths[:, 2] if with_prompt else None,
         chosen_alignment=None if alignment is None else alignment[:, 0],
         rejected_alignment=None if alignment is None else alignment[:, 1],
         **(columns or {}),

@@ -22,8 +22,6 @@ class Case:
     """Pairs of a micro-batch in TRL. 1 where it takes a mean over the tokens of a micro-batch: of
     one pair that is the mean over its tokens. `BATCH` where it compares the pairs of a micro-batch
     with each other, or preftune takes the mean over tokens, too: of those of the step."""
-    one_token_prompts: bool = False
-    """For ORPO, whose fine-tuning term counts the prompt's tokens in TRL, all but the first."""
 
     @property
     def their_losses(self) -> set[tuple[str, str]]:
@@ -122,9 +120,9 @@ _WITHOUT_REFERENCE = (
         "orpo",
         {},
         {"loss_type": "orpo"},
+        {"orpo_nll": "sequence"},
         trainer="ORPO",
         their_micro_batch=1,
-        one_token_prompts=True,
     ),
 )
 

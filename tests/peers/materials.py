@@ -33,12 +33,8 @@ class Materials:
     of the row before it in the batch, which TRL puts behind the same prompt."""
 
 
-def materials(prompt: tuple[int, int]) -> Materials:
-    """A batch for each step, answers of 2 to 14 tokens.
-
-    Args:
-        prompt: fewest and most tokens of a prompt.
-    """
+def materials() -> Materials:
+    """A batch for each step, prompts of 3 to 12 tokens and answers of 2 to 14."""
     reference = tiny_model(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=0)
     policy = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(1)
@@ -50,7 +46,7 @@ def materials(prompt: tuple[int, int]) -> Materials:
     def ids(bounds: tuple[int, int]) -> tuple[int, ...]:
         return tuple(rng.randrange(1, VOCABULARY) for _ in range(rng.randint(*bounds)))
 
-    drawn = [(ids(prompt), ids((2, 14)), ids((2, 14))) for _ in range(STEPS * BATCH)]
+    drawn = [(ids((3, 12)), ids((2, 14)), ids((2, 14))) for _ in range(STEPS * BATCH)]
     return Materials(
         reference,
         policy,

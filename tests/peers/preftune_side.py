@@ -57,7 +57,7 @@ def train(
     examples = materials.examples
     policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
     choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
-    layout = Layout(choice.name, policy.limits, config.ld_alpha)
+    layout = Layout(choice.name, policy.limits, config.ld_alpha, config.scores_prompt)
     reference = None
     if config.needs_reference:
         base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)

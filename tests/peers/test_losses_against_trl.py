@@ -42,13 +42,11 @@ def trl_side() -> Any:
 @pytest.fixture(scope="module")
 def start() -> Callable[[Case], Materials]:
     """What a case is trained on."""
-    usual, one_token = materials((3, 12)), materials((1, 1))
+    usual = materials()
     single = labelled(usual)
 
     def of(case: Case) -> Materials:
-        if case.trainer == "KTO":
-            return single
-        return one_token if case.one_token_prompts else usual
+        return single if case.trainer == "KTO" else usual
 
     return of
 

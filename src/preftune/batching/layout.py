@@ -166,6 +166,9 @@ class Layout:
     limits: LengthLimits = LengthLimits()
     ld_alpha: float = 1.0
     """What a token past the length of its row's shortest answer weighs in the weighted sums."""
+    scores_prompt: bool = False
+    """Whether each row has one more answer, numbered behind its others: its own prompt, of which
+    all tokens but the first are scored, in the place where the model reads them anyway."""
 
 
 def token_weights(num_scored: Sequence[int], ld_alpha: float) -> list[list[float]]:
@@ -198,30 +201,45 @@ def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutNa
     """
     if isinstance(layout, str):
         layout = Layout(layout)
-    sequences = [
-        _Sequence(example.prompt_ids, completion)
-        for example in examples
-        for completion in example.completions
-    ]
-    weights = None if layout.ld_alpha == 1 else _weights(examples, layout.ld_alpha)
-    groups = [list(range(len(sequences)))]
+    sequences = _sequences(examples, layout.scores_prompt)
+    weights = None if layout.ld_alpha == 1 else _weights(examples, layout)
+    groups = [sequences]
     if layout.name == "separate":
         per_example = len(examples[0].completions) if examples else 1
-        groups = [groups[0][side::per_example] for side in range(per_example)]
-    groups = [part for group in groups for part in _kept_apart(sequences, group, layout.limits)]
+        groups = [sequences[side::per_example] for side in range(per_example)]
+    groups = [part for group in groups for part in _kept_apart(group, layout.limits)]
     if layout.name == "shared_prefix":
-        blocks = tuple(_packed_block(sequences, group, weights) for group in groups)
+        blocks = tuple(_packed_block(group, weights) for group in groups)
         num_tokens = sum(block.input_ids.numel() for block in blocks)
     else:
-        blocks = tuple(_padded_block(sequences, group, weights) for group in groups)
+        blocks = tuple(_padded_block(group, weights) for group in groups)
         num_tokens = sum(sequence.length for sequence in sequences)
-    return PairLayout(blocks, len(sequences), num_tokens, layout.name == "separate")
+    num_answers = len(sequences) + layout.scores_prompt * len(examples)
+    return PairLayout(blocks, num_answers, num_tokens, layout.name == "separate")
 
 
-def _weights(examples: Sequence[TokenizedExample], ld_alpha: float) -> list[list[float]]:
+def _sequences(examples: Sequence[TokenizedExample], scores_prompt: bool) -> list["_Sequence"]:
+    """All answers behind their prompts, example by example."""
+    sequences = []
+    number = 0
+    for example in examples:
+        behind = number + len(example.completions)
+        for side, completion in enumerate(example.completions):
+            prompt_number = behind if scores_prompt and side == 0 else None
+            sequences.append(_Sequence(example.prompt_ids, completion, number, prompt_number))
+            number += 1
+        number += scores_prompt
+    return sequences
+
+
+def _weights(examples: Sequence[TokenizedExample], layout: Layout) -> list[list[float]]:
     """The weights of each answer's scored tokens, in the numbering of answers."""
-    rows = [[completion.num_scored for completion in e.completions] for e in examples]
-    return [weights for row in rows for weights in token_weights(row, ld_alpha)]
+    weights = []
+    for example in examples:
+        weights += token_weights([c.num_scored for c in example.completions], layout.ld_alpha)
+        if layout.scores_prompt:
+            weights.append([1.0] * (len(example.prompt_ids) - 1))
+    return weights
 
 
 def _weights_of(weights: list[list[float]] | None, answers: Sequence[int]) -> Tensor | None:
@@ -237,6 +255,10 @@ class _Sequence:
 
     prompt: tuple[int, ...]
     completion: Completion
+    number: int
+    """Of the answer."""
+    prompt_number: int | None
+    """Of the prompt, where it is scored here as an answer of its own."""
 
     @property
     def length(self) -> int:
@@ -249,27 +271,64 @@ class _Sequence:
         return [offset for offset in range(len(ids)) if scored is None or scored[offset]]
 
 
-def _kept_apart(
-    sequences: list[_Sequence], group: list[int], limits: LengthLimits
-) -> list[list[int]]:
-    """The indices of `group` in parts that may share a call, shorter sequences first."""
-    parts: dict[tuple[int, ...], list[int]] = {}
-    for index in group:
-        parts.setdefault(limits.key(sequences[index].length), []).append(index)
+def _kept_apart(sequences: list[_Sequence], limits: LengthLimits) -> list[list[_Sequence]]:
+    """In parts that may share a call, shorter sequences first."""
+    parts: dict[tuple[int, ...], list[_Sequence]] = {}
+    for sequence in sequences:
+        parts.setdefault(limits.key(sequence.length), []).append(sequence)
     return [parts[key] for key in sorted(parts)]
 
 
-def _packed_block(
-    sequences: list[_Sequence], group: list[int], weights: list[list[float]] | None
-) -> Block:
+class _Scored:
+    """What the loss reads of a block, answer after answer, while it grows."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.labels: list[int] = []
+        self.lengths: list[int] = []
+        self.numbers: list[int] = []
+
+    def add(self, number: int, positions: list[int], labels: Sequence[int]) -> None:
+        """Append an answer: the positions whose output predicts its scored tokens, and those."""
+        self.positions += positions
+        self.labels += labels
+        self.lengths.append(len(labels))
+        self.numbers.append(number)
+
+    def add_prompt(self, sequence: _Sequence, start: int) -> None:
+        """Append the prompt that begins at `start`, if it is an answer of its own."""
+        if sequence.prompt_number is not None:
+            length = len(sequence.prompt)
+            positions = list(range(start, start + length - 1))
+            self.add(sequence.prompt_number, positions, sequence.prompt[1:])
+
+    def block(self, weights: list[list[float]] | None, **rows: Any) -> Block:
+        """The block of these rows."""
+        return Block(
+            score_positions=torch.tensor(self.positions, dtype=torch.long),
+            labels=torch.tensor(self.labels, dtype=torch.long),
+            lengths=torch.tensor(self.lengths, dtype=torch.long),
+            num_scored=tuple(self.lengths),
+            completion_ids=tuple(self.numbers),
+            weights=_weights_of(weights, self.numbers),
+            **rows,
+        )
+
+
+def _packed_block(sequences: list[_Sequence], weights: list[list[float]] | None) -> Block:
     """One row; sequences with the same prompt share its tokens."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index in group:
-        by_prompt.setdefault(sequences[index].prompt, []).append(index)
+    by_prompt: dict[tuple[int, ...], list[_Sequence]] = {}
+    for sequence in sequences:
+        by_prompt.setdefault(sequence.prompt, []).append(sequence)
     row = _PackedRow()
-    for prompt, indices in by_prompt.items():
-        row.add(prompt, [(index, sequences[index]) for index in indices])
-    return row.block(weights)
+    for prompt, answers in by_prompt.items():
+        row.add(prompt, answers)
+    return row.scored.block(
+        weights,
+        input_ids=torch.tensor([row.ids]),
+        position_ids=torch.tensor([row.positions]),
+        segments=Segments(tuple(row.spans)),
+    )
 
 
 class _PackedRow:
@@ -279,72 +338,41 @@ class _PackedRow:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.spans: list[Span] = []
-        self.score_positions: list[int] = []
-        self.labels: list[int] = []
-        self.lengths: list[int] = []
-        self.completion_ids: list[int] = []
+        self.scored = _Scored()
 
-    def add(self, prompt: Sequence[int], answers: Sequence[tuple[int, _Sequence]]) -> None:
+    def add(self, prompt: Sequence[int], answers: Sequence[_Sequence]) -> None:
         """Append a prompt, and behind it its answers, each at the positions after the prompt."""
         start, stop = len(self.ids), len(self.ids) + len(prompt)
         self._append(prompt, first_position=0)
-        for number, (index, sequence) in enumerate(answers):
+        for order, sequence in enumerate(answers):
             ids, scored = sequence.completion.ids, sequence.scored
             begin = len(self.ids)
             self._append(ids, first_position=len(prompt))
             # The first answer stands right behind its prompt: one causal span for both.
-            span = (start, start, start) if number == 0 else (begin, start, stop)
+            span = (start, start, start) if order == 0 else (begin, start, stop)
             self.spans.append(Span(span[0], len(self.ids), span[1], span[2]))
             # The prompt's last token predicts the first token of every answer.
-            self.score_positions += [begin + t - 1 if t else stop - 1 for t in scored]
-            self.labels += [ids[t] for t in scored]
-            self.lengths.append(len(scored))
-            self.completion_ids.append(index)
+            positions = [begin + t - 1 if t else stop - 1 for t in scored]
+            self.scored.add(sequence.number, positions, [ids[t] for t in scored])
+            self.scored.add_prompt(sequence, start)
 
     def _append(self, ids: Sequence[int], first_position: int) -> None:
         self.ids += ids
         self.positions += range(first_position, first_position + len(ids))
 
-    def block(self, weights: list[list[float]] | None) -> Block:
-        """The row as tensors."""
-        return Block(
-            torch.tensor([self.ids]),
-            torch.tensor(self.score_positions, dtype=torch.long),
-            torch.tensor(self.labels, dtype=torch.long),
-            torch.tensor(self.lengths, dtype=torch.long),
-            tuple(self.lengths),
-            tuple(self.completion_ids),
-            torch.tensor([self.positions]),
-            Segments(tuple(self.spans)),
-            _weights_of(weights, self.completion_ids),
-        )
 
-
-def _padded_block(
-    sequences: list[_Sequence], group: list[int], weights: list[list[float]] | None
-) -> Block:
-    width = max(sequences[i].length for i in group)
-    input_ids = torch.zeros(len(group), width, dtype=torch.long)
-    positions: list[int] = []
-    labels: list[int] = []
-    lengths: list[int] = []
-    for row, index in enumerate(group):
-        sequence = sequences[index]
+def _padded_block(sequences: list[_Sequence], weights: list[list[float]] | None) -> Block:
+    width = max(sequence.length for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    block = _Scored()
+    for row, sequence in enumerate(sequences):
         ids = [*sequence.prompt, *sequence.completion.ids]
         input_ids[row, : len(ids)] = torch.tensor(ids)
         first = len(sequence.prompt)
         scored = [first + offset for offset in sequence.scored]
-        # The output at position t - 1 predicts token t: this is the one place of the shift.
-        positions += [row * width + token - 1 for token in scored]
-        labels += [ids[token] for token in scored]
-        lengths.append(len(scored))
-    return Block(
-        input_ids,
-        torch.tensor(positions, dtype=torch.long),
-        torch.tensor(labels, dtype=torch.long),
-        torch.tensor(lengths, dtype=torch.long),
-        tuple(lengths),
-        tuple(group),
-        weights=_weights_of(weights, group),
-        row_lengths=torch.tensor([sequences[i].length for i in group], dtype=torch.long),
-    )
+        # The output at position t - 1 predicts token t.
+        positions = [row * width + token - 1 for token in scored]
+        block.add(sequence.number, positions, [ids[token] for token in scored])
+        block.add_prompt(sequence, row * width)
+    lengths = torch.tensor([sequence.length for sequence in sequences], dtype=torch.long)
+    return block.block(weights, input_ids=input_ids, row_lengths=lengths)

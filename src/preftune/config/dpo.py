@@ -211,6 +211,11 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         return "token" in (self.sft_reduction, self.cpo_nll)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the loss reads the log-probs of the prompts, too."""
+        return self.orpo_nll == "sequence"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a loss reads the reference's log-probs."""
         return any(LOSS_SPECS[loss].needs_reference for loss in self.loss_types)

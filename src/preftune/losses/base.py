@@ -69,6 +69,10 @@ class PairLogps:
     """`chosen` before tokens were weighted (`ld_alpha`); None where they are not."""
     plain_rejected: Float[Tensor, " pairs"] | None = None
     """The same of the rejected completion."""
+    prompt: Float[Tensor, " pairs"] | None = None
+    """Policy: sum of the log-probs of the prompt's tokens but the first, nats; None if not read."""
+    prompt_lengths: Int[Tensor, " pairs"] | None = None
+    """Tokens of the prompt but the first."""
     mean_chosen_length: float | None = None
     """Mean of `chosen_lengths` over the global batch that these pairs are part of; None: they are
     all of it."""
@@ -121,6 +125,11 @@ class AnyLoss(ABC):
     def reads_alignment(self) -> bool:
         """Whether, with these knobs, the loss reads `PairLogps.*_alignment`."""
         return LOSS_SPECS[self.loss_type].reads_alignment
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether, with these knobs, the loss reads `PairLogps.prompt`."""
+        return False
 
     @property
     def needs_global_batch(self) -> bool:

@@ -62,6 +62,11 @@ class Combined(Loss):
         return any(loss.reads_alignment for loss in self.losses)
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether one of the losses does."""
+        return any(loss.reads_prompt for loss in self.losses)
+
+    @property
     def needs_global_batch(self) -> bool:
         """Whether one of the losses does."""
         return any(loss.needs_global_batch for loss in self.losses)

@@ -14,6 +14,7 @@ SumOrMean: TypeAlias = Literal["sum", "mean"]
 MeanOver: TypeAlias = Literal["sequence", "token"]
 """A mean over each answer first, then over pairs; or over all tokens of the global batch."""
 CPONll: TypeAlias = Literal["sum", "mean", "token"]
+ORPONll: TypeAlias = Literal["answer", "sequence"]
 WPOAlignment: TypeAlias = Literal["sampled", "none"]
 WPOCap: TypeAlias = Literal["one", "none"]
 
@@ -91,6 +92,11 @@ class LossKnobs:
     """The chosen answer's negative log-likelihood: sum over its tokens, as the paper's formula;
     mean over its tokens; or token, the mean over all chosen tokens of the global batch, which the
     authors' code and TRL take of each micro-batch."""
+
+    orpo_nll: ORPONll | None = None
+    """What the fine-tuning term's mean negative log-likelihood is of: the chosen answer, as in the
+    paper's formula, or the sequence of prompt and chosen answer, as in the authors' code and
+    TRL."""
 
     odpo_alpha: Annotated[float | None, Range(low=0.0)] = None
     """Factor of each pair's margin, 0 (plain DPO) or more."""

@@ -185,7 +185,7 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.ORPO: LossSpec(
         "ORPO",
         "fine-tuning on the chosen answer plus an odds ratio, without a reference",
-        {"beta": 0.1},
+        {"beta": 0.1, "orpo_nll": "answer"},
         needs_reference=False,
     ),
     DPOLossType.CPO: LossSpec(

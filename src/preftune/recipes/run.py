@@ -67,7 +67,9 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
-        self.layout = Layout(layout.name, loaded.policy.limits, config.ld_alpha)
+        self.layout = Layout(
+            layout.name, loaded.policy.limits, config.ld_alpha, config.scores_prompt
+        )
         self.sampler = sampler
         self.num_steps = num_steps
         self.began = time.time()

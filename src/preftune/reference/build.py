@@ -83,7 +83,7 @@ def reference_logps(
             lengths = (len(example.prompt_ids), len(completion.ids))
             answers.setdefault(key, _Answer(key, row, side, example.prompt_key, lengths))
     # Answers are scored one by one: what an answer's tokens weigh depends on its row.
-    shared = (examples, model, store, replace(layout, ld_alpha=1.0), device)
+    shared = (examples, model, store, replace(layout, ld_alpha=1.0, scores_prompt=False), device)
     rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
     # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
     # run again after others have added to the store, finds its own shards and its own values.

@@ -28,6 +28,8 @@ class Pair:
     chosen_alignment: float = -0.5
     rejected_alignment: float = -0.25
     margin: float = 0.75
+    prompt: float = -7.0
+    prompt_length: int = 3
 
 
 PAIRS = {
@@ -58,6 +60,8 @@ def batch(pairs: list[Pair], dtype: torch.dtype = torch.float64, grad: bool = Fa
         chosen_alignment=floats("chosen_alignment"),
         rejected_alignment=floats("rejected_alignment"),
         margin=floats("margin"),
+        prompt=floats("prompt"),
+        prompt_lengths=torch.tensor([pair.prompt_length for pair in pairs]),
     )
 
 

@@ -37,7 +37,13 @@ def one(*sums: float, lengths=(1, 1), dtype=torch.float64) -> PairLogps:
     """One pair, its policy's sums with gradient: chosen, rejected and the same of the reference."""
     policy = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in sums[:2]]
     rest = [torch.tensor([x], dtype=dtype) for x in (*sums[2:], -0.5, -0.25, 0.75)]
-    return PairLogps(*policy, *(torch.tensor([n]) for n in lengths), *rest)
+    return PairLogps(
+        *policy,
+        *(torch.tensor([n]) for n in lengths),
+        *rest,
+        prompt=torch.tensor([-7.0], dtype=dtype),
+        prompt_lengths=torch.tensor([3]),
+    )
 
 
 @every_name

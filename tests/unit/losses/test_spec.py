@@ -102,7 +102,7 @@ def test_documented_defaults() -> None:
         "apo_down": {"beta": 0.1},
         "discopop": {"beta": 0.05, "discopop_tau": 0.05, **kl},
         "dpop": {"beta": 0.3, "dpop_lambda": 50.0},
-        "orpo": {"beta": 0.1},
+        "orpo": {"beta": 0.1, "orpo_nll": "answer"},
         "odpo": {"beta": 0.1, "odpo_alpha": 1.0},
         "aot": {"beta": 0.01, "label_smoothing": 0.0},
         "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0},
