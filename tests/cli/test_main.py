@@ -38,6 +38,11 @@ def test_no_command_prints_the_help_and_is_an_error(capsys):
         (["train", "--beta", "x", *NEEDED], "command line: --beta is 'x'; it must be a finite"),
         (["check", "--bata", "1", *NEEDED], "--bata is not an option; did you mean --beta?"),
         (["score", *NEEDED, "--loss_type", "dpo"], "--loss_type is not an option"),
+        (["score", *NEEDED, "--kl_samples", "9"], "--kl_samples is 9; without reference_model"),
+        (
+            ["score", *NEEDED, "--kl_max_new_tokens", "9"],
+            "9; without kl_samples nothing is sampled",
+        ),
         (["quickstart", "a.yaml"], "'a.yaml' belongs to no option"),
     ],
 )

@@ -155,6 +155,17 @@ _MODIFIED = (
         {"wpo_cap": "none"},
     ),
     Case(
+        "dpo, following reference",
+        {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 6, **_HALF},
+        {
+            "loss_type": "dpo",
+            "sync_reference": True,
+            "reference_mixup_alpha": 0.3,
+            "reference_sync_steps": 6,
+            **_HALF,
+        },
+    ),
+    Case(
         "dpo + sft, tokens",
         _WITH_SFT,
         {"loss_type": "dpo", "sft_weight": 0.2},

@@ -19,6 +19,7 @@ from preftune.model.layout_choice import choose_layout
 from preftune.objective import objective_of
 from preftune.recipes.loss import loss_of
 from preftune.reference.build import reference_logps
+from preftune.reference.live import LiveReference
 from preftune.reference.store import ReferenceStore
 from preftune.training.optimizer import make_optimizer
 from preftune.training.step import TrainState, train_step
@@ -58,8 +59,11 @@ def train(
     policy = PolicyModel(copy.deepcopy(materials.policy)).to(runtime.device)
     choice = choose_layout(policy, config.wanted_layout, "auto", LONGEST)
     layout = Layout(choice.name, policy.limits, config.ld_alpha, config.scores_prompt)
-    reference = None
-    if config.needs_reference:
+    reference, following = None, LiveReference.of(config, policy, runtime)
+    if following is not None:
+        # It starts as a copy of the policy; here, where a resumed run's would be.
+        following.model.load_state_dict(materials.reference.state_dict())
+    if config.stores_reference:
         base = PolicyModel(copy.deepcopy(materials.reference)).to(runtime.device)
         choose_layout(base, config.wanted_layout, "auto", LONGEST)
         store = ReferenceStore(folder, config.unpaired * "labelled-" + "peers", {})
@@ -68,7 +72,7 @@ def train(
         ).sums
     training = TrainingConfig(learning_rate=LEARNING_RATE)
     model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
-    state = TrainState.at_start(model, optimizer, runtime.device)
+    state = TrainState.at_start(model, optimizer, runtime.device, following)
     columns = {}
     if config.unpaired:
         columns["is_desirable"] = torch.tensor([e.roles[0] == "chosen" for e in examples])
@@ -76,7 +80,7 @@ def train(
     batcher = RowBatcher(
         examples, reference, layout, runtime.device, columns, chosen_lengths=lengths
     )
-    objective = objective_of(loss_of(config))
+    objective = objective_of(loss_of(config), live_reference=following)
     trace = Trace([], [])
     for step in range(STEPS):
         rows = range(step * BATCH, (step + 1) * BATCH)

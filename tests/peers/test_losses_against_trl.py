@@ -134,6 +134,12 @@ def test_the_policy_is_not_its_reference(trained):
     assert abs(trained(dpo).losses[0] - math.log(2)) > 1e-2
 
 
+@pytest.mark.parametrize("change", [{"reference_sync_steps": 7}, {"reference_mixup_alpha": 0.31}])
+def test_a_reference_that_follows_otherwise_is_seen(change, trained, trl_trained):
+    (case,) = (case for case in CASES if "sync_reference" in case.ours)
+    assert differences(trained(case, **change), trl_trained(case))
+
+
 def test_the_kl_estimate_of_kto_is_above_0_in_most_steps_and_held_at_it_in_others(trained):
     (kto,) = (case for case in CASES if case.name == "kto")
     baselines = trained(kto).baselines
