@@ -1,6 +1,7 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,9 @@ class TrainResult:
     manifest: dict[str, Any]
 
 
-def train(config: ExperimentConfig) -> TrainResult:
+def train(
+    config: ExperimentConfig, *, on_step: Callable[[int, list[str]], None] | None = None
+) -> TrainResult:
     """Train the policy that `config` describes; what `preftune train` does.
 
     A run that was stopped goes on from its last checkpoint, to the same bits. A finished one is
@@ -42,6 +45,8 @@ def train(config: ExperimentConfig) -> TrainResult:
 
     Args:
         config: the whole experiment.
+        on_step: called after each step with its number, counted from 1, and the ids of the rows
+            that this process trained on.
 
     Returns:
         The run's folder and its manifest.
@@ -134,6 +139,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
+        on_step=on_step,
     )
     try:
         loop.run()

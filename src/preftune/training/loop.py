@@ -48,6 +48,8 @@ class TrainingLoop:
     """Metrics by label of the held-out set, empty for a single one; None without any."""
     save: Callable[[], None]
     """Write a checkpoint of the state as it is."""
+    on_step: Callable[[int, list[str]], None] | None = None
+    """Called after each step with its number, counted from 1, and the ids of this rank's rows."""
     _window_began: float = field(default_factory=time.perf_counter)
     _window_pairs: int = 0
     _window_tokens_before: int = 0
@@ -92,6 +94,9 @@ class TrainingLoop:
             learning_rate=self.schedule(step),
             max_grad_norm=self.config.max_grad_norm,
         )
+        if self.on_step is not None:
+            trained = [int(row) for part in micro_batches for row in part.rows[: part.num_rows]]
+            self.on_step(step + 1, [self.batcher.examples[row].row_id for row in trained])
         self._window_pairs += num_rows
         self._window_steps += 1
 

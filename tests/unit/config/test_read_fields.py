@@ -22,10 +22,16 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
+from preftune.config.verifying import VerifyResumeConfig
 from preftune.losses.knobs import KNOBS
 
 ROOT = Path(preftune.__file__).parent
-CONFIGS = {"train": ExperimentConfig, "score": ScoreConfig, "quickstart": QuickstartConfig}
+CONFIGS = {
+    "train": ExperimentConfig,
+    "score": ScoreConfig,
+    "quickstart": QuickstartConfig,
+    "verify-resume": VerifyResumeConfig,
+}
 CHECKS = {"__post_init__", "problems", "resolve", "cross_problems"}
 CLASSES = {
     name
@@ -172,7 +178,7 @@ def test_every_field_is_read_somewhere(name):
     assert name in all_reads(ExperimentConfig, SOURCES), f"nothing reads {name}"
 
 
-@pytest.mark.parametrize("command", ["score", "quickstart"])
+@pytest.mark.parametrize("command", ["score", "quickstart", "verify-resume"])
 def test_every_field_of_the_other_commands_is_read_somewhere(command):
     config = CONFIGS[command]
     assert config.__dataclass_fields__.keys() <= all_reads(config, SOURCES)
