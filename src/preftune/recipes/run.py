@@ -135,6 +135,7 @@ class Run:
                     layout=self.layout,
                     device=runtime.device,
                     progress=counting(update),
+                    say=self.display.say,
                 )
             self.display.say(
                 f"{stage}: {values.num_computed} log-probs computed, "
