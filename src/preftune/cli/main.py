@@ -14,6 +14,7 @@ COMMANDS = {
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
+    "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",
     "quickstart": "train a small model that comes with preftune, in a few minutes",
 }

@@ -51,7 +51,7 @@ class ReferenceLogps:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """Where an answer stands; its tokens are read when they are scored."""
 
     key: bytes
@@ -93,16 +93,9 @@ def reference_logps(
     Raises:
         CacheError: the store is damaged or cannot be written.
     """
-    keys: list[list[bytes]] = []
-    answers: dict[bytes, _Answer] = {}
-    for row, example in enumerate(examples):
-        keys.append([completion_key(example, c) for c in example.completions])
-        for side, (key, completion) in enumerate(zip(keys[-1], example.completions, strict=True)):
-            lengths = (len(example.prompt_ids), len(completion.ids))
-            answers.setdefault(key, _Answer(key, row, side, example.prompt_key, lengths))
-    # Answers are scored one by one: what an answer's tokens weigh depends on its row.
-    plain = replace(layout, ld_alpha=1.0, scores_prompt=False)
-    shards = _Pass(examples, model, store, plain, device, shard_size, progress, say)
+    keys, answers = answers_of(examples)
+    scorer = Scorer(model, layout, device)
+    shards = _Pass(examples, scorer, store, shard_size, progress, say)
     pass_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
     planned = _plan(store, pass_id, list(answers))
     own = shards.run(pass_id, [answers[key] for key in planned])
@@ -117,6 +110,52 @@ def reference_logps(
         num_computed=shards.num_computed,
         num_reused=len(answers) - shards.num_computed,
     )
+
+
+def answers_of(
+    examples: Sequence[TokenizedExample],
+) -> tuple[list[list[bytes]], dict[bytes, Answer]]:
+    """The keys of each row's answers, and each answer where it first stands."""
+    keys: list[list[bytes]] = []
+    answers: dict[bytes, Answer] = {}
+    for row, example in enumerate(examples):
+        keys.append([completion_key(example, c) for c in example.completions])
+        for side, (key, completion) in enumerate(zip(keys[-1], example.completions, strict=True)):
+            lengths = (len(example.prompt_ids), len(completion.ids))
+            answers.setdefault(key, Answer(key, row, side, example.prompt_key, lengths))
+    return keys, answers
+
+
+class Scorer:
+    """Scores answers one by one: what an answer's tokens weigh depends on its row."""
+
+    def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
+        """Take a model in eval mode; nothing depends on the layout's `ld_alpha`."""
+        self.model = model
+        self.layout = replace(layout, ld_alpha=1.0, scores_prompt=False)
+        self.device = device
+
+    def batches(self, answers: Sequence[Answer], max_tokens: int) -> list[list[Answer]]:
+        """Micro-batches of at most `max_tokens` positions; a longer answer goes alone."""
+        sizes = RowSizes(
+            np.array([answer.prompt_key for answer in answers], dtype=np.uint64),
+            np.array([answer.lengths for answer in answers], dtype=np.int64).reshape(-1, 2),
+        )
+        rows = sorted_batches(sizes, self.layout.name, max_tokens=max_tokens)
+        return [[answers[i] for i in batch] for batch in rows]
+
+    @torch.no_grad()
+    def __call__(
+        self, examples: Sequence[TokenizedExample], answers: Sequence[Answer]
+    ) -> dict[bytes, StoredLogps]:
+        """Log-probs of the answers of one micro-batch, by key."""
+        rows = [answer.example(examples) for answer in answers]
+        result = pair_logps(self.model, build_layout(rows, self.layout).to(self.device))
+        triples = zip(answers, result.sums.tolist(), result.per_token, strict=True)
+        return {
+            answer.key: StoredLogps(total, per_token.float().cpu().numpy())
+            for answer, total, per_token in triples
+        }
 
 
 def _plan(store: ReferenceStore, pass_id: str, keys: list[bytes]) -> list[bytes]:
@@ -151,17 +190,15 @@ class _Pass:
     """Computes shards, or reads those that are there."""
 
     examples: Sequence[TokenizedExample]
-    model: nn.Module
+    scorer: Scorer
     store: ReferenceStore
-    layout: Layout
-    device: torch.device
     size: ShardSize
     progress: Progress | None
     say: Callable[[str], None]
     num_computed: int = 0
     """Answers, over all calls of `run`."""
 
-    def run(self, pass_id: str, missing: list[_Answer]) -> dict[bytes, StoredLogps]:
+    def run(self, pass_id: str, missing: list[Answer]) -> dict[bytes, StoredLogps]:
         """The values of `missing`: one process computes a shard, and the others read it."""
         pending = self._shards(pass_id, missing)
         values: dict[bytes, StoredLogps] = {}
@@ -191,24 +228,16 @@ class _Pass:
             pending = held
         return values
 
-    def _shards(
-        self, pass_id: str, missing: list[_Answer]
-    ) -> list[tuple[Path, list[list[_Answer]]]]:
+    def _shards(self, pass_id: str, missing: list[Answer]) -> list[tuple[Path, list[list[Answer]]]]:
         """Where the shards of a pass lie, and their micro-batches."""
-        sizes = RowSizes(
-            np.array([answer.prompt_key for answer in missing], dtype=np.uint64),
-            np.array([answer.lengths for answer in missing], dtype=np.int64).reshape(-1, 2),
-        )
-        rows = sorted_batches(sizes, self.layout.name, max_tokens=self.size.tokens)
-        batches = [[missing[i] for i in batch] for batch in rows]
-        step = self.size.micro_batches
+        batches, step = self.scorer.batches(missing, self.size.tokens), self.size.micro_batches
         return [
             (self.store.shard_path(pass_id, index), batches[start : start + step])
             for index, start in enumerate(range(0, len(batches), step))
         ]
 
     def _shard(
-        self, path: Path, batches: list[list[_Answer]], report: Callable[[int], None]
+        self, path: Path, batches: list[list[Answer]], report: Callable[[int], None]
     ) -> dict[bytes, StoredLogps] | None:
         """The entries of one shard; None while another process computes it."""
         keys = [answer.key for batch in batches for answer in batch]
@@ -220,25 +249,13 @@ class _Pass:
                 return None
             stored = _stored(path, keys)
             if stored is None:
-                stored = self._compute(batches, report)
+                stored = {}
+                for batch in batches:
+                    stored |= self.scorer(self.examples, batch)
+                    report(len(stored))
                 self.store.write_shard(path, stored)
                 self.num_computed += len(keys)
         return stored
-
-    @torch.no_grad()
-    def _compute(
-        self, batches: list[list[_Answer]], report: Callable[[int], None]
-    ) -> dict[bytes, StoredLogps]:
-        values: dict[bytes, StoredLogps] = {}
-        for answers in batches:
-            rows = [answer.example(self.examples) for answer in answers]
-            result = pair_logps(self.model, build_layout(rows, self.layout).to(self.device))
-            for answer, total, per_token in zip(
-                answers, result.sums.tolist(), result.per_token, strict=True
-            ):
-                values[answer.key] = StoredLogps(total, per_token.float().cpu().numpy())
-            report(len(values))
-        return values
 
 
 def _stored(path: Path, keys: list[bytes]) -> dict[bytes, StoredLogps] | None:

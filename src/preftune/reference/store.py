@@ -34,6 +34,8 @@ from preftune.files import replacing, write_atomically
 
 STORE_VERSION = 2
 """Of the files, and part of every namespace: files of another version are never met."""
+LOCK = "namespace.lock"
+"""Shared by all that use a namespace; who deletes one must have it alone."""
 KEY_BYTES = 16
 CHECKSUM = "xxh3_128"
 _DIGEST_BYTES = 16
@@ -256,7 +258,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _open_in_use(folder: Path) -> int:
     """Make a folder and lock it against being deleted; waits where that is just being done."""
-    path = folder / "namespace.lock"
+    path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
