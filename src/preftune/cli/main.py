@@ -15,6 +15,7 @@ COMMANDS = {
     "score": "log-probs and accuracy of a model on pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
+    "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",
     "quickstart": "train a small model that comes with preftune, in a few minutes",
 }

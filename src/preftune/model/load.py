@@ -119,19 +119,24 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
 
 
-def model_commit(config: ModelConfig) -> str | None:
+def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
     """The commit that `model_revision` stands for now; None for a model of this machine.
+
+    Args:
+        config: names the model.
+        prefix: of the options that named it, such as "reference_".
 
     Raises:
         ModelError: the model cannot be found, or a revision is asked of one without any.
     """
     name = str(config.model_name_or_path)
-    check_model_files(name)
+    key = f"{prefix}model_name_or_path"
+    check_model_files(name, key)
     if Path(name).expanduser().exists():
         if config.model_revision is not None:
             raise ModelError(
-                f"model_revision is {config.model_revision!r}, but {name} is on this machine and "
-                "has no revisions; leave it out"
+                f"{prefix}model_revision is {config.model_revision!r}, but {name} is on this "
+                "machine and has no revisions; leave it out"
             )
         return None
     try:
@@ -140,7 +145,7 @@ def model_commit(config: ModelConfig) -> str | None:
             hf_hub_download(name, "config.json", revision=config.model_revision)
         ).parent.name
     except LOADING_ERRORS as error:
-        raise _cannot_load("model", "model_name_or_path", name, error) from error
+        raise _cannot_load("model", key, name, error) from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:

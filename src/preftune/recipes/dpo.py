@@ -16,6 +16,7 @@ from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
+from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
 from preftune.recipes.step_zero import check_step_zero
 from preftune.reference.fingerprints import namespace_fields
@@ -104,7 +105,13 @@ def train(
         "weights": fields["weights"],
         "parameters": loaded.num_parameters,
     }
-    batcher, held_out = run.batchers(fields)
+    reference = None
+    if config.stores_reference:
+        reference = open_reference(pinned, loaded.policy, fields, layout, pairs, runtime, display)
+        run.manifest |= reference.describe(pinned)
+    batcher, held_out = run.batchers(reference)
+    if reference is not None:
+        reference.release()  # training needs the memory
     objective = objective_of(
         loss_of(config),
         live_reference=live_reference,
@@ -118,7 +125,13 @@ def train(
     )
     first_rows = micro_batching.split(sampler.batch(0))[0]
     is_exact = precision == "fp32" and config.dtype == "float32"
-    check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
+    if config.reference_model_name_or_path is None:
+        check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
+    else:
+        display.say(
+            f"the reference is {config.reference_model_name_or_path}: policy and reference are not "
+            "compared before the first step, because they may well differ"
+        )
 
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(model, optimizer, runtime.device, live_reference)

@@ -18,7 +18,6 @@ from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
-from preftune.config.paths import cache_root
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime
@@ -30,8 +29,7 @@ from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import Objective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
-from preftune.reference.build import reference_logps
-from preftune.reference.fingerprints import namespace_key
+from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -75,6 +73,7 @@ class Run:
         self.began = time.time()
         self.earlier_seconds = 0.0
         self._lock: int | None = None
+        self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
         if not loaded.policy.compact_head:
             display.say(
@@ -98,60 +97,38 @@ class Run:
             "data": _describe_data(pairs),
         }
 
-    def batchers(self, fields: dict[str, Any]) -> tuple[RowBatcher, dict[str, RowBatcher]]:
-        """Training pairs, and held-out ones by label, with their reference values."""
-        namespace = namespace_key(fields)
-        train = self._batcher(self.pairs.train.examples, fields, "reference")
-        held_out = {}
-        if self.config.eval_strategy != "never":
-            for label, pairs in self.pairs.held_out.items():
-                stage = f"reference ({label or 'held out'})"
-                held_out[label] = self._batcher(pairs.examples, fields, stage)
-        if train.reference is not None:
-            self.manifest["reference_namespace"] = namespace
+    def batchers(self, reference: Reference | None) -> tuple[RowBatcher, dict[str, RowBatcher]]:
+        """Training pairs, and held-out ones by label, with their reference values.
+
+        Args:
+            reference: scores what is missing; None where none is read, or none is stored.
+        """
+        if reference is not None:
+            self._store = reference.store  # in use until the run ends
+        rows = rows_to_score(self.config, self.pairs)
+        train = self._batcher(rows.pop(None), reference, stage_name(None))
+        held_out = {
+            str(label): self._batcher(examples, reference, stage_name(label))
+            for label, examples in rows.items()
+        }
         return train, held_out
 
-    def _batcher(
-        self,
-        examples: TokenRows,
-        fields: dict[str, Any],
-        stage: str,
-    ) -> RowBatcher:
-        config, runtime = self.config, self.runtime
-        values = None
-        if config.stores_reference:
-            store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
-            # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
-            # forward would wait for the other ranks; they then find the values in the store.
-            policy = self.loaded.policy.eval()
-            with (
-                runtime.main_first(),
-                self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
-            ):
-                values = reference_logps(
-                    policy,
-                    examples,
-                    store,
-                    layout=self.layout,
-                    device=runtime.device,
-                    progress=counting(update),
-                )
-            self.display.say(
-                f"{stage}: {values.num_computed} log-probs computed, "
-                f"{values.num_reused} reused from {store.folder}"
-            )
+    def _batcher(self, examples: TokenRows, reference: Reference | None, stage: str) -> RowBatcher:
+        sums = None
+        if reference is not None:
+            values = reference.logps(examples, stage)
+            sums = values.sums
             self.manifest.setdefault("reference", {})[stage] = {
                 "computed": values.num_computed,
                 "reused": values.num_reused,
             }
-        sums = None if values is None else values.sums
         return RowBatcher(
             examples,
             sums,
             self.layout,
-            runtime.device,
+            self.runtime.device,
             self._columns(examples),
-            examples.num_scored[:, 0] if config.reads_mean_length else None,
+            examples.num_scored[:, 0] if self.config.reads_mean_length else None,
         )
 
     def _columns(self, examples: TokenRows) -> dict[str, Tensor]:
@@ -375,6 +352,7 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        self._store = None
 
 
 def _describe_data(pairs: Pairs) -> dict[str, Any]:

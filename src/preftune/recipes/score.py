@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import RowSizes, sorted_batches
-from preftune.config.model import ModelConfig
+from preftune.config.model import ModelConfig, another_model
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
@@ -104,7 +104,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
     models: list[ModelConfig] = [config]
     if config.reference_model_name_or_path:
         check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
-        models.append(_reference_config(config))
+        models.append(another_model(config, config.reference_model_name_or_path))
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, seed=0)
     if runtime.world_size > 1:
@@ -145,6 +145,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
     samples = _sample(opened, dataset.examples, tokenizer, display, config)
     drawn = _logps_of_samples(opened, samples, config, runtime)
     if len(models) > 1:
+        runtime.release(opened.model)
         del opened  # memory holds one model at a time
         opened = open_model(models[1], longest, runtime, display, config)
         reference = pairs_under(opened)
@@ -323,15 +324,6 @@ def write_scores(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
-
-
-def _reference_config(config: ScoreConfig) -> ModelConfig:
-    return ModelConfig(
-        model_name_or_path=config.reference_model_name_or_path,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _check_output(config: ScoreConfig) -> None:

@@ -134,6 +134,11 @@ class RunStart:
         """The commit of the model that the run here started from, if it came from a hub."""
         return (self._noted("model") or {}).get("commit")
 
+    @property
+    def reference_commit(self) -> str | None:
+        """The commit of a reference of its own, if that came from a hub."""
+        return (self._noted("reference_model") or {}).get("commit")
+
     def _chosen(self, key: str) -> Any:
         # A checkpoint may be of another folder, whose choices then go on here.
         if self.checkpoint is not None:

@@ -17,6 +17,12 @@ import pytest
 
 import preftune
 import preftune.config
+from preftune.config.cache import (
+    CacheExportConfig,
+    CachePruneConfig,
+    CacheShowConfig,
+    CacheVerifyConfig,
+)
 from preftune.config.composed import ComposedConfig, sections
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.quickstart import QuickstartConfig
@@ -31,6 +37,10 @@ CONFIGS = {
     "score": ScoreConfig,
     "quickstart": QuickstartConfig,
     "verify-resume": VerifyResumeConfig,
+    "cache show": CacheShowConfig,
+    "cache prune": CachePruneConfig,
+    "cache export": CacheExportConfig,
+    "cache verify": CacheVerifyConfig,
 }
 CHECKS = {"__post_init__", "problems", "resolve", "cross_problems"}
 CLASSES = {
@@ -178,7 +188,7 @@ def test_every_field_is_read_somewhere(name):
     assert name in all_reads(ExperimentConfig, SOURCES), f"nothing reads {name}"
 
 
-@pytest.mark.parametrize("command", ["score", "quickstart", "verify-resume"])
+@pytest.mark.parametrize("command", list(CONFIGS)[1:])
 def test_every_field_of_the_other_commands_is_read_somewhere(command):
     config = CONFIGS[command]
     assert config.__dataclass_fields__.keys() <= all_reads(config, SOURCES)
