@@ -12,6 +12,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     set_seed,
 )
 from torch import Tensor, nn
@@ -149,6 +150,10 @@ class Runtime:
         inner.grad_scale = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank; for small things off the device."""
+        return [value] if self.world_size == 1 else gather_object([value])
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is set on some rank: one decision for all. Waits, on several ranks."""

@@ -36,8 +36,10 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
+from preftune.training.checkpoint import load_checkpoint, snapshot, write_checkpoint
 from preftune.training.dry_run import try_heaviest
+from preftune.training.generators import generator_tensors
+from preftune.training.integrity import read_document
 from preftune.training.loop import peak_memory_gib
 from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
 from preftune.training.step import TrainState
@@ -227,7 +229,8 @@ class Run:
             document = read_document(checkpoint)
             self._check_same_start(document["identity"])
             policy = self.loaded.policy.model
-            load_checkpoint(checkpoint, state, policy, is_main=self.runtime.is_main)
+            runtime = self.runtime
+            load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
             offset = document["metrics_offset"]
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
         if self.runtime.is_main:
@@ -308,19 +311,16 @@ class Run:
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
         """Save the state after its step, and drop checkpoints beyond the retention."""
         window = state.window.snapshot(self.runtime.all_reduce)
+        generators = self.runtime.gather(generator_tensors(self.runtime.device))
         if self.runtime.is_main:
+            extra = {
+                "config": self.manifest["config"],
+                "identity": self._identity(),
+                "metrics_offset": metrics_file.offset,
+            }
+            content = snapshot(state, self.loaded.policy.model, window, generators, extra)
             metrics_file.sync()
-            save_checkpoint(
-                self.start.folder.checkpoint(state.step),
-                state,
-                self.loaded.policy.model,
-                window,
-                {
-                    "config": self.manifest["config"],
-                    "identity": self._identity(),
-                    "metrics_offset": metrics_file.offset,
-                },
-            )
+            write_checkpoint(self.start.folder.checkpoint(state.step), content)
             remove_old_checkpoints(self.start.folder, self.config.keep_last_n_checkpoints)
         self.runtime.barrier()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -17,7 +18,8 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
 from preftune.errors import CheckpointError
 from preftune.files import write_atomically
-from preftune.training.checkpoint import discard, read_document
+from preftune.training.checkpoint import discard
+from preftune.training.integrity import MANIFEST, STATE, read_document
 
 # What may differ between the command that started a run and the one that goes on with it.
 MAY_CHANGE = frozenset(
@@ -41,6 +43,13 @@ MAY_CHANGE = frozenset(
     }
 )
 MAKER = "preftune"
+STEP = r"step-[0-9]{8,}"
+"""Names of checkpoints."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint in a run's folder, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,13 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def list_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first; half-written ones have another name."""
+        """Checkpoints by step; half-written ones have another name.
+
+        Neither times nor what lies inside count: one that lost a file is told when it is read.
+        """
         return sorted(
-            path for path in self.checkpoints.glob("step-*") if (path / "state.json").is_file()
+            (path for path in self.checkpoints.glob("step-*") if re.fullmatch(STEP, path.name)),
+            key=step_of,
         )
 
     def read_manifest(self) -> dict[str, Any]:
@@ -190,7 +203,8 @@ def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -
         return RunStart(folder, "resume", (checkpoints or [explicit])[-1])
     if explicit is None:
         return RunStart(folder, "resume" if checkpoints else "new", (checkpoints or [None])[-1])
-    if any(path.name > explicit.name for path in checkpoints):
+    step = read_document(explicit)["step"]
+    if any(step_of(path) > step for path in checkpoints):
         raise CheckpointError(
             f"resume is {str(explicit)!r}, but {config.output_dir!r} already holds the later "
             f"{checkpoints[-1].name}; give a new --output_dir to branch off there, or --resume auto"
@@ -210,11 +224,10 @@ def _check_nothing_left(config: ExperimentConfig, manifest: Mapping[str, Any]) -
 
 
 def _check_checkpoint(config: ExperimentConfig, path: Path) -> None:
-    state = path / "state.json"
-    if not state.is_file():
+    if not any((path / name).is_file() for name in (MANIFEST, STATE)):
         raise CheckpointError(
             f"resume is {config.resume!r}: no complete checkpoint is there (it would hold a "
-            "state.json); give auto, never or a folder such as RUN/checkpoints/step-00000100"
+            f"{MANIFEST}); give auto, never or a folder such as RUN/checkpoints/step-00000100"
         )
     _check_same_config(config, read_document(path)["config"], str(path))
 
