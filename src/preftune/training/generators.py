@@ -20,7 +20,9 @@ def generator_tensors(device: torch.device) -> dict[str, Tensor]:
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *internal]),
         # The second of a pair of normal numbers, where the first has been drawn alone.
-        "python_normal": torch.tensor([] if next_normal is None else [next_normal]).double(),
+        "python_normal": torch.tensor(
+            [] if next_normal is None else [next_normal], dtype=torch.float64
+        ),
         "numpy": torch.tensor([*map(int, np.asarray(keys)), int(position), int(has_normal)]),
         "numpy_normal": torch.tensor([float(normal)], dtype=torch.float64),
     }

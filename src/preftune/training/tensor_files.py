@@ -221,4 +221,4 @@ def _chunks(view: memoryview) -> Iterator[memoryview]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor of the host."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
