@@ -1,6 +1,7 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.run_folder import RunFolder
+from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState
 
 
@@ -49,6 +51,14 @@ def train(config: ExperimentConfig) -> TrainResult:
     Raises:
         PreftuneError: see `preftune.errors`; the exit code of the command is the error's.
     """
+    # From here on: SIGUSR1 would end the process while nothing is caught.
+    with SignalRequests().saving() as requests:
+        return _train(config, requests)
+
+
+def _train(config: ExperimentConfig, requests: SignalRequests) -> TrainResult:
+    limit = config.max_run_seconds
+    deadline = None if limit is None else time.monotonic() + limit
     start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
@@ -134,9 +144,15 @@ def train(config: ExperimentConfig) -> TrainResult:
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
+        save_failed=run.save_failed,
+        settle=run.settle,
+        requests=requests,
+        deadline=deadline,
+        best=run.best,
     )
     try:
-        loop.run()
+        with run.saving():
+            loop.run()
         run.save_final()
         return TrainResult(start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:

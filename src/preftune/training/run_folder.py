@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ from preftune.batching.layout import LayoutName
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
 from preftune.errors import CheckpointError
-from preftune.files import write_atomically
-from preftune.training.checkpoint import discard
+from preftune.files import refuse_if_held, write_atomically
 from preftune.training.integrity import MANIFEST, STATE, read_document
 
 # What may differ between the command that started a run and the one that goes on with it.
@@ -36,6 +34,11 @@ MAY_CHANGE = frozenset(
         "cache_dataset_only",
         "checkpointing_steps",
         "keep_last_n_checkpoints",
+        "checkpoint_max_gb",
+        "checkpoint_async",
+        "metric_for_best_model",
+        "greater_is_better",
+        "max_run_time",
         "resume",
         "output_dir",
         "cache_dir",
@@ -159,12 +162,16 @@ class RunStart:
         return self.folder.read_manifest().get(key)
 
 
-def plan_start(config: ExperimentConfig) -> RunStart:
+def plan_start(config: ExperimentConfig, *, held: bool = False) -> RunStart:
     """Decide how to begin, from what lies on disk; changes nothing there.
+
+    Args:
+        config: of the run.
+        held: whether this process has locked the folder.
 
     Raises:
         CheckpointError: the folder holds something else, another configuration, or no checkpoint
-            where one was asked for.
+            where one was asked for; or another process works there.
     """
     folder = RunFolder(Path(config.output_dir).expanduser())
     explicit = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
@@ -184,7 +191,10 @@ def plan_start(config: ExperimentConfig) -> RunStart:
             f"output_dir {config.output_dir!r} holds files that are not a preftune run's "
             f"({names}); nothing there was changed; give a new or empty --output_dir"
         )
-    return _go_on(config, folder, explicit)
+    start = _go_on(config, folder, explicit)
+    if start.kind != "finished" and not held:
+        refuse_if_held(folder.root)
+    return start
 
 
 def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -> RunStart:
@@ -272,6 +282,7 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
         "status": "running",
         "config": json.loads(json.dumps(config.to_dict(), default=str)),
         "command": sys.argv,
+        "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {
             "python": platform.python_version(),
@@ -279,11 +290,3 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
         },
         "host": {"platform": platform.platform(), "machine": platform.machine()},
     }
-
-
-def remove_old_checkpoints(folder: RunFolder, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints (None keeps all), and what kills left behind."""
-    for leftover in folder.checkpoints.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for path in folder.list_checkpoints()[:-keep] if keep else []:
-        discard(path)
