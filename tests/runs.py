@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from preftune import ExperimentConfig
+from preftune.training.integrity import STATE, checked_files, write_manifest
+from preftune.training.tensor_files import write_bytes
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 SHAPES = {
@@ -91,6 +94,34 @@ def read_metrics(run: Path, *, with_perf: bool = False) -> list[dict[str, float]
     """The lines of metrics.jsonl, without timings unless asked."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in x.items() if with_perf or "perf/" not in k} for x in lines]
+
+
+def edit_state(checkpoint: Path, **changes: Any) -> None:
+    """Change values of a checkpoint's state.json as if they had been written so."""
+    document = json.loads((checkpoint / STATE).read_text()) | changes
+    files = checked_files(checkpoint)
+    files[STATE] = write_bytes(checkpoint / STATE, json.dumps(document).encode())
+    write_manifest(checkpoint, files)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def pretend_unfinished(run: Path, after: int | None = None) -> None:
+    """Make a finished run's folder that of one that was killed shortly after a step's checkpoint.
+
+    Args:
+        run: its folder.
+        after: the step; None leaves all checkpoints.
+    """
+    shutil.rmtree(run / "final", ignore_errors=True)
+    for path in (run / "checkpoints").glob("step-*"):
+        if after is not None and int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
 
 
 def _plain(value: Any) -> Any:

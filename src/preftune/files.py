@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +52,39 @@ def hold_alone(folder: Path) -> int:
         CheckpointError: another process holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(
-            f"another process is working in {folder}; wait for it, or give another --output_dir"
-        ) from None
-    except OSError:
-        pass  # a file system without locks: nothing can be held there
+    for patience in (0.1, 0.3, 0.6, None):  # a process that only looks holds it for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if patience is None:
+                os.close(descriptor)
+                raise _held(folder) from None
+            time.sleep(patience)
+        except OSError:
+            break  # a file system without locks: nothing can be held there
     return descriptor
+
+
+def refuse_if_held(folder: Path) -> None:
+    """See that no other process holds a folder; holds nothing afterwards.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Shared, so that ranks that look at once do not see each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(folder) from None
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _held(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"another process is working in {folder}; wait for it, or give another --output_dir"
+    )

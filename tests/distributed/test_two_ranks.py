@@ -1,14 +1,24 @@
 """Two processes train to the numbers of one."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from preftune import train
-from tests.runs import read_metrics, tiny_config, tiny_settings, train_on_two_ranks
-from tests.tiny import make_pairs, write_jsonl
+from tests.runs import (
+    pretend_unfinished,
+    read_metrics,
+    tiny_config,
+    tiny_settings,
+    train_on_two_ranks,
+)
+from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
@@ -69,3 +79,25 @@ def test_two_ranks_equal_one(tmp_path, num_pairs, loss_type):
         for line in (got, expected):  # before the first step, a matter of the last bit
             line.pop("logratios/displaced")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path):
+    """With dropout, on shares of different lengths: the ranks' generators part ways."""
+    tiny_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"disable_dropout": False, "gradient_accumulation_steps": 1, "loss_type": "simpo"}
+    options |= {"checkpointing_steps": 2, "num_epochs": None, "max_train_steps": 4}
+    settings = tiny_settings(tmp_path, **options)
+    train_on_two_ranks(settings)
+    run, stopped = tmp_path / "run", tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    pretend_unfinished(stopped, 2)
+    states = load_file(stopped / "checkpoints" / "step-00000002" / "rng.safetensors")
+    assert not torch.equal(states["0/torch"], states["1/torch"])
+    train_on_two_ranks(settings | {"output_dir": str(stopped)})
+    assert read_metrics(stopped) == read_metrics(run)
+    final = ["final", "model.safetensors"]
+    assert stopped.joinpath(*final).read_bytes() == run.joinpath(*final).read_bytes()
+    for name in ("model", "optimizer", "rng"):
+        path = Path("checkpoints") / "step-00000004" / f"{name}.safetensors"
+        assert (stopped / path).read_bytes() == (run / path).read_bytes()

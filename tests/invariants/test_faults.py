@@ -14,7 +14,15 @@ from preftune import train
 from preftune.cli.main import main
 from preftune.errors import CheckpointError, ConfigError
 from preftune.files import hold_alone
-from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
+from tests.runs import (
+    arguments,
+    edit_state,
+    pretend_unfinished,
+    read_metrics,
+    read_state,
+    tiny_config,
+    tiny_settings,
+)
 
 
 def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
@@ -80,13 +88,9 @@ def test_a_kill_before_the_manifest_leaves_a_usable_folder(tmp_path):
 )
 def test_another_machine_may_not_go_on_to_other_numbers(tmp_path, change, text):
     train(tiny_config(tmp_path, checkpointing_steps=2))
-    manifest = tmp_path / "run" / "run.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"status": "running"}))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    state = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
-    document = json.loads(state.read_text())
-    document["identity"] |= change
-    state.write_text(json.dumps(document))
+    pretend_unfinished(tmp_path / "run", 4)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    edit_state(checkpoint, identity=read_state(checkpoint)["identity"] | change)
     with pytest.raises(CheckpointError, match=text):
         train(tiny_config(tmp_path, checkpointing_steps=2))
 
@@ -105,16 +109,6 @@ def test_a_branch_from_a_checkpoint_goes_on_with_the_same_command(tmp_path):
     train(tiny_config(tmp_path, **options))
     assert read_metrics(branch) == read_metrics(tmp_path / "run")
     assert "resume: auto" in (branch / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize("content", ["{}", "{", '{"version": 1}', "[]"])
-def test_a_damaged_state_is_told(tmp_path, content, capsys):
-    train(tiny_config(tmp_path, checkpointing_steps=2))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
-    (checkpoint / "state.json").write_text(content)
-    settings = tiny_settings(tmp_path, output_dir=tmp_path / "b", resume=checkpoint)
-    assert main(["train", *arguments(settings | {"checkpointing_steps": 2})]) == 2
-    assert "is damaged" in capsys.readouterr().err
 
 
 def test_bf16_weights_pass_the_first_check(tmp_path):

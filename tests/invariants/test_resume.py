@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from preftune import train
 from preftune.errors import CheckpointError, ModelError
-from tests.runs import read_metrics, tiny_config
+from tests.runs import edit_state, pretend_unfinished, read_metrics, read_state, tiny_config
 
 SETTINGS = {"test_size": 5, "eval_steps": 2, "logging_steps": 2, "checkpointing_steps": 1}
 """16 pairs in batches of 6, 6 and 4: two epochs of 3 steps. Logging every second step leaves a
@@ -32,17 +32,12 @@ def straight(tmp_path_factory) -> Path:
 def stop_after(straight: Path, step: int, target: Path) -> None:
     """The run folder as a kill shortly before the checkpoint of `step + 1` leaves it."""
     shutil.copytree(straight / "run", target)
-    shutil.rmtree(target / "final")
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
+    pretend_unfinished(target, step)
     # What a killed write leaves must not be taken for a checkpoint.
     shutil.copytree(
         straight / "run" / "checkpoints" / "step-00000006",
         target / "checkpoints" / ".partial-step-00000006",
     )
-    manifest = json.loads((target / "run.json").read_text())
-    (target / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -64,15 +59,11 @@ def test_choices_of_the_start_are_kept(straight, tmp_path):
     assert chosen == {"layout": "shared_prefix", "attention": "sdpa", "attention_tried": {}}
     assert manifest["head_chunk_size"] > 0
     stop_after(straight, 3, tmp_path / "run")
-    state = tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json"
-    document = json.loads(state.read_text())
-    assert (
-        document["identity"] | {"layout": "shared_prefix", "attention": "sdpa"}
-        == (document["identity"])
-    )
-    document["identity"]["attention"] = "flex"
-    state.write_text(json.dumps(document))
-    for options in ({}, {"resume": str(state.parent), "output_dir": tmp_path / "branch"}):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    identity = read_state(checkpoint)["identity"]
+    assert identity | {"layout": "shared_prefix", "attention": "sdpa"} == identity
+    edit_state(checkpoint, identity=identity | {"attention": "flex"})
+    for options in ({}, {"resume": str(checkpoint), "output_dir": tmp_path / "branch"}):
         with pytest.raises(ModelError, match=r"is 'flex' .*runs on CUDA GPUs only"):
             train(settings(straight, **({"output_dir": tmp_path / "run"} | options)))
 
@@ -93,11 +84,10 @@ def test_what_a_loss_keeps_between_batches_is_saved(tmp_path):
     for name, runs_alike in (("kept", True), ("lost", False)):
         target = tmp_path / name
         stop_after(tmp_path, 4, target)
-        state = target / "checkpoints" / "step-00000004" / "state.json"
-        document = json.loads(state.read_text())
-        assert abs(document["running"][0]) > 1e-4
+        checkpoint = target / "checkpoints" / "step-00000004"
+        assert abs(read_state(checkpoint)["running"][0]) > 1e-4
         if not runs_alike:
-            state.write_text(json.dumps(document | {"running": None}))
+            edit_state(checkpoint, running=None)
         train(settings(tmp_path, output_dir=target, **options))
         assert (read_metrics(tmp_path / "run") == read_metrics(target)) == runs_alike
 

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from preftune.config.problem import Problem, count
+from preftune.config.problem import Problem, below, count
+from preftune.config.run_time import seconds_of
 from preftune.config.section import Section
+
+_SMALLER = ("loss",)
+_GREATER = ("accuracies", "accuracies_length_matched", "margins", "chosen")
 
 
 @dataclass(kw_only=True)
@@ -21,6 +25,30 @@ class CheckpointConfig(Section):
     keep_last_n_checkpoints: int | None = 3
     """How many of the latest checkpoints stay on disk, 1 or more; null: all."""
 
+    checkpoint_max_gb: float | None = None
+    """Most space that the checkpoints of a run may take, in GB of 10^9 bytes, above 0: the oldest
+    go first. The newest and the best always stay; while one is written it stands beside the others.
+    Unset: no limit."""
+
+    checkpoint_async: bool = True
+    """Write checkpoints in the background while training goes on: the state is copied to the host's
+    memory before the next update, once more what a checkpoint takes. Where that memory is not free,
+    and with false, training waits for each checkpoint."""
+
+    metric_for_best_model: str | None = None
+    """Also keep the best checkpoint by this metric of evaluation, such as eval/loss or
+    eval/rewards/accuracies, as `metrics.jsonl` names it. An evaluation that is better than all
+    before it makes a checkpoint; run.json names the best as best_checkpoint. Unset: none."""
+
+    greater_is_better: bool | None = None
+    """Whether a greater `metric_for_best_model` is a better one. Unset: no for loss, yes for
+    accuracies, margins and chosen; for other metrics it must be given."""
+
+    max_run_time: str | int | None = None
+    """Save, stop and exit with 75 when this command has run so long; the same command goes on.
+    Such as 90m, 2h, 1h30m, 1-12:00:00 as Slurm writes it, or a number of seconds. Leave room for
+    one step and one checkpoint before the limit of the machine. Unset: no limit."""
+
     resume: str = "auto"
     """Where to go on. auto: from the last checkpoint in `output_dir`, if any; never: an error if
     there is one; or the path of a checkpoint."""
@@ -28,10 +56,47 @@ class CheckpointConfig(Section):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """How the weights in final/ are stored. auto: as the source model's."""
 
+    def __post_init__(self) -> None:
+        """Say which way the metric is better, where its name tells."""
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            name = str(self.metric_for_best_model).rsplit("/", 1)[-1]
+            if name in _SMALLER + _GREATER:
+                self.greater_is_better = name in _GREATER
+
+    @property
+    def max_run_seconds(self) -> float | None:
+        """`max_run_time` in seconds."""
+        return None if self.max_run_time is None else seconds_of(self.max_run_time)
+
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = count("keep_last_n_checkpoints", self.keep_last_n_checkpoints)
         if isinstance(self.checkpointing_steps, int) and self.checkpointing_steps < 1:
             message = "it must be 1 or more, epoch, or null for none"
             found.append(Problem("checkpointing_steps", self.checkpointing_steps, message))
-        return found
+        if self.checkpoint_max_gb is not None and self.checkpoint_max_gb <= 0:
+            message = "it must be above 0, or null for no limit"
+            found.append(Problem("checkpoint_max_gb", self.checkpoint_max_gb, message))
+        if self.max_run_time is not None:
+            try:
+                found += below(
+                    "max_run_time", seconds_of(self.max_run_time), 1, "at least a second"
+                )
+            except ValueError as error:
+                found.append(Problem("max_run_time", self.max_run_time, str(error)))
+        return found + _best_problems(self)
+
+
+def _best_problems(section: CheckpointConfig) -> list[Problem]:
+    metric, greater = section.metric_for_best_model, section.greater_is_better
+    if metric is None:
+        message = "there is no metric_for_best_model that it would be about: leave it out"
+        others = ("metric_for_best_model",)
+        return [] if greater is None else [Problem("greater_is_better", greater, message, others)]
+    if section.checkpointing_steps is None:
+        message = "checkpointing_steps is null, so there are no checkpoints: leave one of them out"
+        return [Problem("metric_for_best_model", metric, message, ("checkpointing_steps",))]
+    if greater is None:
+        message = f"whether a greater {metric} is better cannot be told by its name: give it"
+        return [Problem("greater_is_better", None, message, ("metric_for_best_model",))]
+    return []

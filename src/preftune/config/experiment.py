@@ -61,6 +61,7 @@ class ExperimentConfig(
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
+        found += self._best_metric_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -77,3 +78,17 @@ class ExperimentConfig(
             for key, value in settings.items()
             if value is not None
         ]
+
+    def _best_metric_problems(self) -> list[Problem]:
+        metric = self.metric_for_best_model
+        if metric is None:
+            return []
+        key, labels = "metric_for_best_model", list(self.eval_sources)
+        if not self.has_eval_data or self.eval_strategy == "never":
+            message = "nothing is evaluated: give eval_dataset or test_size, or leave it out"
+            return [Problem(key, metric, message, ("eval_dataset", "test_size", "eval_strategy"))]
+        prefixes = [f"eval/{label}/" if label else "eval/" for label in labels or [""]]
+        if not metric.startswith(tuple(prefixes)):
+            message = f"the metrics of evaluation start with {' or '.join(prefixes)}"
+            return [Problem(key, metric, message, ("eval_dataset",))]
+        return []

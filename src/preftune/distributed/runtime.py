@@ -12,6 +12,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     set_seed,
 )
 from torch import Tensor, nn
@@ -158,11 +159,16 @@ class Runtime:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on some rank: one decision for all. Waits, on several ranks."""
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank; for small things off the device."""
+        return [value] if self.world_size == 1 else gather_object([value])
+
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on some rank: one decision for all. Waits, on several ranks."""
         if self.world_size == 1:
-            return flag
-        return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device)).item())
+            return flags
+        counts = torch.tensor([float(flag) for flag in flags], device=self.device)
+        return tuple(count > 0 for count in self.all_reduce(counts).tolist())
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What `choose` returns on rank 0, on every rank; what it raises there, all raise.

@@ -1,6 +1,7 @@
 """`preftune train`: from a configuration to a trained model, top to bottom."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.run_folder import RunFolder
+from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState
 
 
@@ -55,6 +57,18 @@ def train(
     Raises:
         PreftuneError: see `preftune.errors`; the exit code of the command is the error's.
     """
+    # From here on: SIGUSR1 would end the process while nothing is caught.
+    with SignalRequests().saving() as requests:
+        return _train(config, requests, on_step)
+
+
+def _train(
+    config: ExperimentConfig,
+    requests: SignalRequests,
+    on_step: Callable[[int, list[str]], None] | None,
+) -> TrainResult:
+    limit = config.max_run_seconds
+    deadline = None if limit is None else time.monotonic() + limit
     start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, config.seed)
@@ -152,10 +166,16 @@ def train(
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
+        save_failed=run.save_failed,
+        settle=run.settle,
+        requests=requests,
+        deadline=deadline,
+        best=run.best,
         on_step=on_step,
     )
     try:
-        loop.run()
+        with run.saving():
+            loop.run()
         run.save_final()
         return TrainResult(start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:

@@ -3,7 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime
-from preftune.errors import CheckpointError
+from preftune.errors import CheckpointError, PreftuneError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.model.layout_choice import LayoutChoice
@@ -34,10 +35,14 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
+from preftune.training.checkpoint import Snapshot, load_checkpoint, snapshot, write_checkpoint
 from preftune.training.dry_run import try_heaviest
+from preftune.training.generators import generator_tensors
+from preftune.training.integrity import read_document
 from preftune.training.loop import peak_memory_gib
-from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
+from preftune.training.retention import BestCheckpoint, remove_old_checkpoints
+from preftune.training.run_folder import RunStart, new_manifest, plan_start
+from preftune.training.saver import CheckpointSaver
 from preftune.training.step import TrainState
 
 
@@ -75,6 +80,9 @@ class Run:
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
+        self.best = BestCheckpoint.of(config)
+        self._saver: CheckpointSaver | None = None
+        self._best_noted: int | None = None
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -200,16 +208,24 @@ class Run:
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
+        self._saver = CheckpointSaver(
+            state.optimizer,
+            self.runtime.device,
+            in_background=self.config.checkpoint_async,
+            say=self.display.say,
+        )
         if checkpoint is not None:
             document = read_document(checkpoint)
             self._check_same_start(document["identity"])
             policy = self.loaded.policy.model
-            load_checkpoint(checkpoint, state, policy, is_main=self.runtime.is_main)
+            runtime = self.runtime
+            load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
             offset = document["metrics_offset"]
+            self._restore_best(document.get("best"))
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
         if self.runtime.is_main:
             folder.root.mkdir(parents=True, exist_ok=True)
-            self._lock = hold_alone(folder.root)
+            self._hold_folder()
             self._take_up_manifest()
             # First, so that a kill from here on leaves a folder that is known as a run's.
             folder.write_manifest(self.manifest)
@@ -220,6 +236,30 @@ class Run:
             write_atomically(folder.config, settings.to_yaml())
         self.runtime.barrier()
         return metrics_file
+
+    def _hold_folder(self) -> None:
+        """Lock the folder, and see that it still is what the run was planned from."""
+        root = self.start.folder.root
+        self._lock = hold_alone(root)
+        if plan_start(self.config, held=True) == self.start:
+            return
+        os.close(self._lock)
+        raise CheckpointError(
+            f"another process has worked in {root} since this command began; run it again to go on "
+            "from there"
+        )
+
+    def _restore_best(self, saved: dict[str, Any] | None) -> None:
+        if self.best is None:
+            return
+        self.best.restore(saved, self.start.folder)
+        self._hold_best()
+        if saved and saved["step"] is not None and self.best.step is None:
+            self.display.say(
+                f"the best checkpoint so far (step {saved['step']}, {saved['metric']} "
+                f"{saved['value']:.6g}) is not in this run's folder or was by another measure: the "
+                "best is sought anew from here on"
+            )
 
     def trackers(self, step: int) -> list[Tracker]:
         """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
@@ -283,23 +323,90 @@ class Run:
         metrics_file.rewind(offset)
 
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
-        """Save the state after its step, and drop checkpoints beyond the retention."""
+        """Save the state after its step, and drop checkpoints beyond the retention.
+
+        In the background, if the configuration says so: then `settle` waits for it.
+        """
         window = state.window.snapshot(self.runtime.all_reduce)
+        generators = self.runtime.gather(generator_tensors(self.runtime.device))
         if self.runtime.is_main:
-            metrics_file.sync()
-            save_checkpoint(
-                self.start.folder.checkpoint(state.step),
-                state,
-                self.loaded.policy.model,
-                window,
-                {
-                    "config": self.manifest["config"],
-                    "identity": self._identity(),
-                    "metrics_offset": metrics_file.offset,
-                },
-            )
-            remove_old_checkpoints(self.start.folder, self.config.keep_last_n_checkpoints)
-        self.runtime.barrier()
+            assert self._saver is not None  # made in `begin`
+            extra = {
+                "config": self.manifest["config"],
+                "identity": self._identity(),
+                "metrics_offset": metrics_file.offset,
+                "best": None if self.best is None else self.best.as_dict(),
+            }
+            content = snapshot(state, self.loaded.policy.model, window, generators, extra)
+            self._saver.save(content, lambda content: self._publish(content, metrics_file))
+        if not self.config.checkpoint_async:
+            self.runtime.barrier()
+
+    def _publish(self, content: Snapshot, metrics_file: MetricsFile) -> None:
+        """Write a checkpoint; in the background, so it touches nothing that training does."""
+        folder, config, document = self.start.folder, self.config, content.document
+        metrics_file.sync()  # the lines that the checkpoint counts on
+        write_checkpoint(folder.checkpoint(document["step"]), content)
+        best_step = document["best"] and document["best"]["step"]
+        keep, max_gb = config.keep_last_n_checkpoints, config.checkpoint_max_gb
+        remove_old_checkpoints(folder, keep, max_gb, best_step)
+
+    def save_failed(self) -> bool:
+        """Whether a checkpoint could not be written; notes the best one once it is written."""
+        if self._saver is not None and not self._saver.busy and not self._saver.failed:
+            self._note_best()
+        return self._saver is not None and self._saver.failed
+
+    def settle(self) -> None:
+        """Wait until the checkpoint under way is on disk.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank.
+        """
+        error = self._wait_for_save()
+        (failed,) = self.runtime.any_rank(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointError("a checkpoint could not be written; rank 0 says why")
+        self._note_best()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Lose no checkpoint that is under way, nor its error, when the block ends with another."""
+        try:
+            yield
+        except PreftuneError as error:
+            if failed := self._wait_for_save():
+                raise CheckpointError([*failed.problems, *error.problems]) from error
+            raise
+        finally:
+            if failed := self._wait_for_save():
+                self.display.say(str(failed))
+
+    def _wait_for_save(self) -> CheckpointError | None:
+        try:
+            if self._saver is not None:
+                self._saver.wait()
+        except CheckpointError as error:
+            return error
+        return None
+
+    def _note_best(self) -> None:
+        """Say in run.json which checkpoint is the best, if that is news."""
+        best = self.best
+        if best is None or best.step == self._best_noted or not self.runtime.is_main:
+            return
+        self._hold_best()
+        self.start.folder.write_manifest(self.manifest)
+
+    def _hold_best(self) -> None:
+        best = self.best
+        if best is not None and best.step is not None:
+            folder = self.start.folder
+            path = folder.checkpoint(best.step).relative_to(folder.root)
+            self.manifest["best_checkpoint"] = best.as_dict() | {"path": str(path)}
+            self._best_noted = best.step
 
     def save_final(self) -> None:
         """Write `final/`, whole or not at all."""
@@ -349,6 +456,8 @@ class Run:
         """Close the trackers, and let other processes have the folder."""
         for tracker in self._trackers:
             tracker.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -81,6 +81,7 @@ def verify_resume(config: VerifyResumeConfig) -> ResumeReport:
         checkpointing_steps=config.stop_after,
         keep_last_n_checkpoints=None,
         report_to=None,
+        max_run_time=None,
     )
     runs = {name: _Watched(RunFolder(root / name)) for name in ("straight", "resumed")}
     stop = runs["straight"].folder.checkpoint(config.stop_after)

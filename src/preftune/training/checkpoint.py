@@ -3,73 +3,117 @@
     step-00000100/model.safetensors      weights by parameter name, in the training dtype
     step-00000100/optimizer.safetensors  "<state>/<parameter name>"
     step-00000100/reference.safetensors  of a reference that follows the policy: as the model's
-    step-00000100/rng.safetensors        generators of torch on the CPU and the devices
-    step-00000100/state.json             counters, metrics, configuration, generators of Python
+    step-00000100/rng.safetensors        "<rank>/<generator>"
+    step-00000100/state.json             counters, metrics, configuration
+    step-00000100/manifest.json          size and checksum of each of them; written last
 
 The learning-rate schedule and the order of the data are functions of the step and are not saved.
 """
 
 import json
-import random
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from preftune.errors import CheckpointError
 from preftune.files import fsync
 from preftune.metrics import MetricState
 from preftune.model.load import named_weights
+from preftune.training.generators import restore_generators
+from preftune.training.integrity import (
+    STATE,
+    checked_files,
+    damaged,
+    read_document,
+    write_manifest,
+)
 from preftune.training.step import TrainState
+from preftune.training.tensor_files import Damaged, FileSum, TensorFile, write_bytes, write_tensors
 
-VERSION = 1
+Tensors = Mapping[str, Tensor]
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, window: MetricState, extra: dict[str, Any]
-) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold."""
+
+    tensors: Mapping[str, Tensors]
+    """File name -> tensors. Those that training changes are the live ones, which only an update of
+    the weights changes, never a forward or a backward."""
+    document: Mapping[str, Any]
+    """Of `state.json`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
+
+
+def snapshot(
+    state: TrainState,
+    model: nn.Module,
+    window: MetricState,
+    generators: Sequence[Tensors],
+    extra: Mapping[str, Any],
+) -> Snapshot:
+    """What training has come to.
+
+    Args:
+        state: of the training.
+        model: the module inside the engine's wrapper, whose names the weights get.
+        window: metrics of all ranks since the last logging step.
+        generators: of every rank.
+        extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
+    """
+    tensors = {"model.safetensors": _weights(model)}
+    if state.reference is not None:
+        tensors["reference.safetensors"] = _weights(state.reference.model)
+    tensors["optimizer.safetensors"] = _optimizer_tensors(state, model)
+    tensors["rng.safetensors"] = {
+        f"{rank}/{name}": tensor
+        for rank, own in enumerate(generators)
+        for name, tensor in own.items()
+    }
+    document = {
+        "step": state.step,
+        "num_tokens": int(state.num_tokens),
+        "running": None if state.running is None else state.running.tolist(),
+        "window": window,
+        **extra,
+    }
+    return Snapshot(tensors, document)
+
+
+def write_checkpoint(folder: Path, content: Snapshot) -> None:
     """Write a checkpoint beside its place, flush it to disk, and rename it there.
 
     Args:
         folder: `checkpoints/step-...`; it appears only when it is complete.
-        state: of the training.
-        model: the module inside the engine's wrapper, whose names the weights get.
-        window: metrics of all ranks since the last logging step.
-        extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
+        content: what it holds.
+
+    Raises:
+        CheckpointError: it could not be written; whatever stood there before stays.
     """
     temporary = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_file(named_weights(model), temporary / "model.safetensors")
-        if state.reference is not None:
-            reference = named_weights(state.reference.model)
-            save_file(reference, temporary / "reference.safetensors")
-        save_file(_optimizer_tensors(state, model), temporary / "optimizer.safetensors")
-        save_file(_generator_tensors(), temporary / "rng.safetensors")
-        document = {
-            "version": VERSION,
-            "step": state.step,
-            "num_tokens": int(state.num_tokens),
-            "running": None if state.running is None else state.running.tolist(),
-            "window": window,
-            "python_rng": random.getstate(),
-            "numpy_rng": _numpy_state(),
-            **extra,
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {
+            name: write_tensors(temporary / name, tensors)
+            for name, tensors in content.tensors.items()
         }
-        (temporary / "state.json").write_text(json.dumps(document, default=str))
+        text = json.dumps(content.document, default=str)
+        files[STATE] = write_bytes(temporary / STATE, text.encode())
+        write_manifest(temporary, files)
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
-        if folder.exists():  # the same step, saved before a resume
-            discard(folder)
-        temporary.rename(folder)
-        fsync(folder.parent)
-    except (OSError, SafetensorError) as error:
+        _put_in_place(temporary, folder)
+    except OSError as error:
         raise CheckpointError(
             f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are "
             "untouched; free some space or lower keep_last_n_checkpoints, and run the same command "
@@ -79,86 +123,123 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    before = None
+    if folder.exists():  # the same step, saved before a resume
+        before = _set_aside(folder)
+    temporary.rename(folder)
+    fsync(folder.parent)
+    if before is not None:
+        shutil.rmtree(before)
+
+
 def discard(folder: Path) -> None:
     """Delete a checkpoint; a deletion cut off half-way leaves nothing that looks complete."""
+    shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
     doomed = folder.with_name(f".deleted-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def read_document(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint.
-
-    Raises:
-        CheckpointError: it is absent, damaged, or of another version of preftune.
-    """
-    try:
-        document = json.loads((folder / "state.json").read_text())
-        if document["version"] != VERSION:
-            raise ValueError(f"format {document['version']}, and this preftune reads {VERSION}")
-        _ = document["step"], document["config"], document["identity"], document["metrics_offset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
-    return document
+    return folder.rename(doomed)
 
 
 def load_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, *, is_main: bool = True
+    folder: Path, state: TrainState, model: nn.Module, *, rank: int, device: torch.device
 ) -> None:
     """Put weights, optimizer, counters, metrics and generators back as they were.
 
+    Every byte is checked against the manifest as it is read; weights and optimizer state of the
+    host are read into their places.
+
     Args:
         folder: a complete checkpoint.
-        state: changed in place.
+        state: changed in place; after an error it holds anything.
         model: the module inside the engine's wrapper.
-        is_main: whether this rank takes over the metrics window, which is that of all ranks.
+        rank: of this process: its generators are restored, and rank 0 takes over the metrics
+            window, which is that of all ranks.
+        device: that this process computes on.
 
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
     document = read_document(folder)
-    try:
-        weights = load_file(folder / "model.safetensors")
-        reference = {}
-        if state.reference is not None:
-            reference = load_file(folder / "reference.safetensors")
-        optimizer = load_file(folder / "optimizer.safetensors")
-        generators = load_file(folder / "rng.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(folder, error) from error
-    _restore_weights(folder, weights, model)
+    read = _Reader(folder)
+    load_weights(folder, model)
     if state.reference is not None:
-        _restore_weights(folder, reference, state.reference.model)
-    _restore_optimizer(optimizer, state, model)
+        load_weights(folder, state.reference.model, "reference.safetensors")
+    read("optimizer.safetensors", lambda file: _optimizer_targets(file, state, model))
+    generators = read("rng.safetensors", _empty)
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     if document.get("running") is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
-    state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
-    _restore_generators(generators, document)
+    state.window.restore(document["window"], state.bad_step.device, is_main=rank == 0)
+    prefix = f"{rank}/"
+    own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
+    restore_generators(own, device)
 
 
-def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {folder} is damaged ({error}); delete that folder to go on from the one "
-        "before it"
-    )
+def load_weights(folder: Path, model: nn.Module, name: str = "model.safetensors") -> None:
+    """Give a model the weights of a checkpoint.
+
+    Args:
+        folder: a complete checkpoint.
+        model: the module whose names the weights have.
+        name: which of the checkpoint's files.
+
+    Raises:
+        CheckpointError: it is damaged or belongs to another model.
+    """
+    current = model.state_dict()
+    wanted = {key: current[key] for key in named_weights(model)}
+
+    def targets(file: TensorFile) -> Tensors:
+        shapes = {key: shape for key, (_, shape) in file.tensors.items()}
+        other = [key for key, tensor in wanted.items() if shapes.get(key) != tensor.shape]
+        other += sorted(shapes.keys() - wanted.keys())
+        if other:
+            raise CheckpointError(
+                f"the checkpoint {folder} belongs to another model: {', '.join(other[:3])} differ "
+                "in shape or stand in only one of the two; give the model that the run was started "
+                "with"
+            )
+        return wanted
+
+    _Reader(folder)(name, targets)
 
 
-def _restore_weights(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    current = named_weights(model)
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    other = [name for name, tensor in current.items() if shapes.get(name) != tensor.shape]
-    other += sorted(shapes.keys() - current.keys())
-    if other:
-        raise CheckpointError(
-            f"the checkpoint {folder} belongs to another model: {', '.join(other[:3])} differ in "
-            "shape or stand in only one of the two; give the model that the run was started with"
-        )
-    with torch.no_grad():
-        for name, tensor in current.items():
-            tensor.copy_(weights[name])
+class _Reader:
+    """Reads files of a checkpoint, each whole and as it was written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, FileSum] = checked_files(folder)
+
+    def __call__(self, name: str, choose: Callable[[TensorFile], Tensors]) -> Tensors:
+        """Read the file `name` into the tensors that `choose` names for what it holds."""
+        try:
+            if name not in self._files:
+                raise Damaged(f"{name} is absent")
+            with TensorFile(self._folder / name, self._files[name]) as file:
+                try:
+                    targets = choose(file)
+                except (CheckpointError, KeyError):
+                    file.finish()  # a damaged header is no sign of another model
+                    raise
+                file.read_into(targets)
+        except (OSError, KeyError, Damaged) as error:
+            raise damaged(self._folder, error) from error
+        return targets
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters as they are, and copies of buffers, which a forward may change."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: tensor if name in parameters else tensor.clone()
+        for name, tensor in named_weights(model).items()
+    }
 
 
 def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]:
@@ -171,33 +252,19 @@ def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]
     }
 
 
-def _restore_optimizer(tensors: dict[str, Tensor], state: TrainState, model: nn.Module) -> None:
+def _optimizer_targets(file: TensorFile, state: TrainState, model: nn.Module) -> Tensors:
     parameters = dict(model.named_parameters())
-    for label, tensor in tensors.items():
+    targets = {}
+    for label, (dtype, shape) in file.tensors.items():
         key, name = label.split("/", 1)
         parameter = parameters[name]
-        # Fused kernels want the step count beside the moments, on the parameter's device.
-        state.optimizer.state[parameter][key] = tensor.to(parameter.device)
+        held = state.optimizer.state[parameter]
+        if key not in held or held[key].shape != shape or held[key].dtype != dtype:
+            # Fused kernels want the step count beside the moments, on the parameter's device.
+            held[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
+        targets[label] = held[key]
+    return targets
 
 
-def _generator_tensors() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
-        states[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
-    return states
-
-
-def _restore_generators(states: dict[str, Tensor], document: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
-    kind, internal, gauss = document["python_rng"]
-    random.setstate((kind, tuple(internal), gauss))
-    name, keys, *rest = document["numpy_rng"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, *rest = np.random.get_state()
-    return [name, np.asarray(keys).tolist(), *rest]
+def _empty(file: TensorFile) -> Tensors:
+    return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in file.tensors.items()}

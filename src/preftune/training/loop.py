@@ -14,13 +14,14 @@ from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
-from preftune.errors import Interrupted, TrainingDiverged
+from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.objective import Objective
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.tracking.tracker import Tracker
 from preftune.training.ahead import Ahead
 from preftune.training.optimizer import Schedule
-from preftune.training.signals import StopRequest, stop_on_signal
+from preftune.training.retention import BestCheckpoint
+from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState, train_step
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
@@ -47,7 +48,17 @@ class TrainingLoop:
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
     """Metrics by label of the held-out set, empty for a single one; None without any."""
     save: Callable[[], None]
-    """Write a checkpoint of the state as it is."""
+    """Hand a checkpoint of the state as it is to be written, maybe in the background."""
+    save_failed: Callable[[], bool]
+    """Whether one could not be written on this rank."""
+    settle: Callable[[], None]
+    """Wait until all are on disk; raises on every rank what went wrong on any."""
+    requests: SignalRequests
+    """What signals ask for."""
+    deadline: float | None = None
+    """When to save and stop, by `time.monotonic`; None for never."""
+    best: BestCheckpoint | None = None
+    """The best evaluation so far; None where none is kept."""
     on_step: Callable[[int, list[str]], None] | None = None
     """Called after each step with its number, counted from 1, and the ids of this rank's rows."""
     _window_began: float = field(default_factory=time.perf_counter)
@@ -62,18 +73,20 @@ class TrainingLoop:
 
         Raises:
             TrainingDiverged: a loss or gradient was not finite.
-            Interrupted: a signal asked to stop; a checkpoint was saved.
+            Interrupted: a signal asked to stop, or the time is up; a checkpoint was saved.
+            CheckpointError: a checkpoint could not be written.
         """
         total, start = self.num_steps, self.state.step
         self._start_window()
         with (
-            stop_on_signal() as request,
+            self.requests.stopping(),
             Ahead(self._lay_out, start, total) as laid_out,
             self.display.stage("train", total, "step", start) as update,
         ):
             for micro_batches in laid_out:
                 self._one_step(micro_batches)
-                self._after_step(update, request)
+                self._after_step(update)
+        self.settle()
 
     def _lay_out(self, step: int) -> list[LaidOut]:
         runtime = self.runtime
@@ -100,14 +113,14 @@ class TrainingLoop:
         self._window_pairs += num_rows
         self._window_steps += 1
 
-    def _after_step(self, update: Update, request: StopRequest) -> None:
+    def _after_step(self, update: Update) -> None:
         step = self.state.step
         record: dict[str, float] = {}
-        stopping = self.runtime.any_rank(request.signal_name is not None) and step < self.num_steps
+        stopping, asked = self._asked()
         logging = step % self.config.logging_steps == 0 or step == self.num_steps
-        saving = self._checkpoint_due(step)
+        saving = self._checkpoint_due(step) or asked or stopping is not None
         evaluating = self.evaluate is not None and self._evaluation_due(step)
-        if logging or saving or evaluating or stopping:
+        if logging or saving or evaluating:
             self._stop_if_diverged()  # host sync
         if logging:
             record |= self._logged_metrics()
@@ -117,13 +130,46 @@ class TrainingLoop:
             for tracker in self.trackers:
                 tracker.append({"step": step, **record})
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
-        if saving or stopping:
+        if evaluating and self._is_best(record):
+            saving = True
+        if saving:
             self.save()
-        if stopping:
+        if stopping is not None:
+            self.settle()
             raise Interrupted(
-                f"{request.signal_name or 'a signal'} received: stopped after step {step} of "
-                f"{self.num_steps}, with a checkpoint saved; run the same command again to go on"
+                f"{stopping}: stopped after step {step} of {self.num_steps}, with a checkpoint "
+                "saved; run the same command again to go on"
             )
+
+    def _asked(self) -> tuple[str | None, bool]:
+        """Why to stop, if there is a reason, and whether to save: the same on all ranks."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        signalled, late, save, failed = self.runtime.any_rank(
+            self.requests.stop is not None, late, self.requests.take_save(), self.save_failed()
+        )
+        if failed:
+            self.settle()
+        if self.state.step == self.num_steps or not (signalled or late):
+            return None, save
+        if signalled:
+            return f"{self.requests.stop or 'a signal'} received", save
+        return f"max_run_time {self.config.max_run_time} is up", save
+
+    def _is_best(self, record: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far, which then is held as such."""
+        if self.best is None:
+            return False
+        try:
+            better = self.best.is_beaten_by(record)
+        except ConfigError:
+            self.save()  # nothing but the option is wrong
+            self.settle()
+            raise
+        # What rank 0 sees holds: a last bit that differs must not part the ranks.
+        (better,) = self.runtime.any_rank(better and self.runtime.is_main)
+        if better:
+            self.best.take(record, self.state.step)
+        return better
 
     def _logged_metrics(self) -> dict[str, float]:
         means = self.state.window.means(self.runtime.all_reduce)  # host sync

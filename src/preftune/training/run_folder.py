@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import shutil
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from preftune.batching.layout import LayoutName
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
 from preftune.errors import CheckpointError
-from preftune.files import write_atomically
-from preftune.training.checkpoint import discard, read_document
+from preftune.files import refuse_if_held, write_atomically
+from preftune.training.integrity import MANIFEST, STATE, read_document
 
 # What may differ between the command that started a run and the one that goes on with it.
 MAY_CHANGE = frozenset(
@@ -34,6 +34,11 @@ MAY_CHANGE = frozenset(
         "cache_dataset_only",
         "checkpointing_steps",
         "keep_last_n_checkpoints",
+        "checkpoint_max_gb",
+        "checkpoint_async",
+        "metric_for_best_model",
+        "greater_is_better",
+        "max_run_time",
         "resume",
         "output_dir",
         "cache_dir",
@@ -41,6 +46,13 @@ MAY_CHANGE = frozenset(
     }
 )
 MAKER = "preftune"
+STEP = r"step-[0-9]{8,}"
+"""Names of checkpoints."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint in a run's folder, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,13 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def list_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first; half-written ones have another name."""
+        """Checkpoints by step; half-written ones have another name.
+
+        Neither times nor what lies inside count: one that lost a file is told when it is read.
+        """
         return sorted(
-            path for path in self.checkpoints.glob("step-*") if (path / "state.json").is_file()
+            (path for path in self.checkpoints.glob("step-*") if re.fullmatch(STEP, path.name)),
+            key=step_of,
         )
 
     def read_manifest(self) -> dict[str, Any]:
@@ -151,12 +167,16 @@ class RunStart:
         return self.folder.read_manifest().get(key)
 
 
-def plan_start(config: ExperimentConfig) -> RunStart:
+def plan_start(config: ExperimentConfig, *, held: bool = False) -> RunStart:
     """Decide how to begin, from what lies on disk; changes nothing there.
+
+    Args:
+        config: of the run.
+        held: whether this process has locked the folder.
 
     Raises:
         CheckpointError: the folder holds something else, another configuration, or no checkpoint
-            where one was asked for.
+            where one was asked for; or another process works there.
     """
     folder = RunFolder(Path(config.output_dir).expanduser())
     explicit = None if config.resume in ("auto", "never") else Path(config.resume).expanduser()
@@ -176,7 +196,10 @@ def plan_start(config: ExperimentConfig) -> RunStart:
             f"output_dir {config.output_dir!r} holds files that are not a preftune run's "
             f"({names}); nothing there was changed; give a new or empty --output_dir"
         )
-    return _go_on(config, folder, explicit)
+    start = _go_on(config, folder, explicit)
+    if start.kind != "finished" and not held:
+        refuse_if_held(folder.root)
+    return start
 
 
 def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -> RunStart:
@@ -195,7 +218,8 @@ def _go_on(config: ExperimentConfig, folder: RunFolder, explicit: Path | None) -
         return RunStart(folder, "resume", (checkpoints or [explicit])[-1])
     if explicit is None:
         return RunStart(folder, "resume" if checkpoints else "new", (checkpoints or [None])[-1])
-    if any(path.name > explicit.name for path in checkpoints):
+    step = read_document(explicit)["step"]
+    if any(step_of(path) > step for path in checkpoints):
         raise CheckpointError(
             f"resume is {str(explicit)!r}, but {config.output_dir!r} already holds the later "
             f"{checkpoints[-1].name}; give a new --output_dir to branch off there, or --resume auto"
@@ -215,11 +239,10 @@ def _check_nothing_left(config: ExperimentConfig, manifest: Mapping[str, Any]) -
 
 
 def _check_checkpoint(config: ExperimentConfig, path: Path) -> None:
-    state = path / "state.json"
-    if not state.is_file():
+    if not any((path / name).is_file() for name in (MANIFEST, STATE)):
         raise CheckpointError(
             f"resume is {config.resume!r}: no complete checkpoint is there (it would hold a "
-            "state.json); give auto, never or a folder such as RUN/checkpoints/step-00000100"
+            f"{MANIFEST}); give auto, never or a folder such as RUN/checkpoints/step-00000100"
         )
     _check_same_config(config, read_document(path)["config"], str(path))
 
@@ -264,6 +287,7 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
         "status": "running",
         "config": json.loads(json.dumps(config.to_dict(), default=str)),
         "command": sys.argv,
+        "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {
             "python": platform.python_version(),
@@ -271,11 +295,3 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
         },
         "host": {"platform": platform.platform(), "machine": platform.machine()},
     }
-
-
-def remove_old_checkpoints(folder: RunFolder, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints (None keeps all), and what kills left behind."""
-    for leftover in folder.checkpoints.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for path in folder.list_checkpoints()[:-keep] if keep else []:
-        discard(path)

@@ -1,41 +1,60 @@
-"""Turn SIGTERM and SIGINT into a request that the loop answers between two steps."""
+"""Turn signals into requests that the loop answers between two steps."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequest:
-    """Whether a signal has asked the run to save and stop."""
+class SignalRequests:
+    """What signals have asked of the run."""
 
     def __init__(self) -> None:
         """Nothing asked yet."""
-        self.signal_name: str | None = None
+        self.stop: str | None = None
+        """Name of the signal that asks to save and stop."""
+        self._save = False
+
+    def take_save(self) -> bool:
+        """Whether a signal asks to save and go on; asks once."""
+        asked, self._save = self._save, False
+        return asked
+
+    @contextmanager
+    def saving(self) -> Iterator["SignalRequests"]:
+        """Catch SIGUSR1, which else would end the process: save at the end of the next step."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._save = True
+
+        with _caught({signal.SIGUSR1: handle}):
+            yield self
+
+    @contextmanager
+    def stopping(self) -> Iterator["SignalRequests"]:
+        """Catch SIGTERM and SIGINT: save and stop; a second one ends the process at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.stop is not None:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.stop = signal.Signals(number).name
+
+        with _caught({signal.SIGTERM: handle, signal.SIGINT: handle}):
+            yield self
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the loop runs; a second one ends the process at once.
-
-    Outside the main thread, where Python cannot catch signals, nothing is caught.
-    """
-    request = StopRequest()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if request.signal_name is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        request.signal_name = signal.Signals(number).name
-
+def _caught(handlers: dict[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Outside the main thread, where Python cannot catch signals, nothing is caught."""
     before = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, handle)
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
     except ValueError:  # not the main thread
         pass
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
