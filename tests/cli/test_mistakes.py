@@ -22,6 +22,7 @@ import torch
 
 from preftune.cli.main import main
 from preftune.recipes import preflight
+from tests.mounts import IN_A_NAMESPACE, can_mount
 from tests.runs import arguments, tiny_config, tiny_settings
 from tests.tiny import chat_row, make_pairs
 
@@ -500,18 +501,10 @@ CACHES = {
 }
 """Options of the file system that the cache is on: rights mean nothing to root."""
 
-IN_A_NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 BOTH_COMMANDS = (
     "import sys; from preftune.cli.main import main; words = sys.argv[1:]; "
     "print([main([command, *words]) for command in ('check', 'train')])"
 )
-
-
-def can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    probe = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", CACHES)
