@@ -16,7 +16,12 @@ from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.run import Run
-from preftune.recipes.step_zero import check_step_zero
+from preftune.recipes.step_zero import (
+    check_step_zero,
+    compared_rows,
+    plain_rows,
+    plain_scores,
+)
 from preftune.reference.fingerprints import namespace_fields
 from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
@@ -76,6 +81,10 @@ def train(config: ExperimentConfig) -> TrainResult:
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(pinned, runtime.device)
+    examples = pairs.train.examples
+    plain = plain_scores(
+        loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
+    )
     layout = runtime.decide(
         lambda: choose_layout(
             loaded.policy,
@@ -106,14 +115,14 @@ def train(config: ExperimentConfig) -> TrainResult:
         load_balancing_weight=config.load_balancing_weight,
     )
     micro_batching = MicroBatching(
-        pairs.train.examples.sizes,
+        examples.sizes,
         layout.name,
         config.per_device_train_batch_size,
         config.max_tokens_per_microbatch,
     )
-    first_rows = micro_batching.split(sampler.batch(0))[0]
+    compared = micro_batching.split(compared_rows(len(examples)))
     is_exact = precision == "fp32" and config.dtype == "float32"
-    check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
+    check_step_zero(model, objective, batcher, compared, is_exact=is_exact, plain=plain)
 
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
