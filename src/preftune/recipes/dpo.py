@@ -127,7 +127,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
     run.try_heaviest(state, objective, batcher, micro_batching)
-    metrics_file = run.begin(state)
+    metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
@@ -143,6 +143,7 @@ def train(config: ExperimentConfig) -> TrainResult:
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
+        note=lambda: run.note(state, batcher),
     )
     try:
         loop.run()

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -218,8 +218,13 @@ class Run:
             f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"
         )
 
-    def begin(self, state: TrainState) -> MetricsFile:
-        """Make or take up the folder; restores the checkpoint, if there is one."""
+    def begin(self, state: TrainState, batcher: RowBatcher) -> MetricsFile:
+        """Make or take up the folder; restores the checkpoint, if there is one.
+
+        Args:
+            state: before its first step, or what the checkpoint is put into.
+            batcher: of the training pairs, for the ids of their rows.
+        """
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
@@ -234,6 +239,7 @@ class Run:
             folder.root.mkdir(parents=True, exist_ok=True)
             self._lock = hold_alone(folder.root)
             self._take_up_manifest()
+            self._take_up_guards(state, batcher)
             # First, so that a kill from here on leaves a folder that is known as a run's.
             folder.write_manifest(self.manifest)
             folder.checkpoints.mkdir(exist_ok=True)
@@ -262,6 +268,23 @@ class Run:
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
             self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
+
+    def note(self, state: TrainState, batcher: RowBatcher) -> None:
+        """Put what the guards have met so far into the manifest on disk."""
+        self._take_up_guards(state, batcher)
+        if self.runtime.is_main:
+            self.start.folder.write_manifest(self.manifest)
+
+    def _take_up_guards(self, state: TrainState, batcher: RowBatcher) -> None:
+        guards = state.guards
+        self.manifest["warnings"] = [asdict(warned) for warned in guards.warnings]
+        self.manifest["skipped_batches"] = [
+            {
+                "step": step,
+                "rows": [batcher.examples[row].row_id for row in self.sampler.batch(step - 1)],
+            }
+            for step in guards.skipped_steps
+        ]
 
     def _check_same_start(self, before: dict[str, Any]) -> None:
         changed = [

@@ -58,6 +58,7 @@ def save_checkpoint(
             "num_tokens": int(state.num_tokens),
             "running": None if state.running is None else state.running.tolist(),
             "window": window,
+            "guards": state.guards.state(),
             "python_rng": random.getstate(),
             "numpy_rng": _numpy_state(),
             **extra,
@@ -135,6 +136,9 @@ def load_checkpoint(
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     if document.get("running") is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
+    if "guards" in document:
+        state.guards.restore(document["guards"])
+    state.num_skipped = torch.full_like(state.num_skipped, len(state.guards.skipped_steps))
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
     _restore_generators(generators, document)
 

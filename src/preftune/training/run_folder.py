@@ -38,6 +38,8 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "cache_dir",
         "save_dtype",
+        "on_nonfinite",
+        "max_skipped_batches",
     }
 )
 MAKER = "preftune"
