@@ -234,3 +234,20 @@ def test_a_limit_without_skipping_is_refused(tmp_path):
         tiny_config(tmp_path, max_skipped_batches=3)
     with pytest.raises(ConfigError, match="max_skipped_batches is 0; it must be 1 or more"):
         tiny_config(tmp_path, on_nonfinite="skip_batch", max_skipped_batches=0)
+
+
+def test_warnings_are_said_and_kept_over_a_resume(tmp_path, capsys):
+    options = {"max_train_steps": 24, "num_epochs": None, "learning_rate": 1e-12}
+    options |= {"optimizer": "sgd", "checkpointing_steps": 15, "progress": "plain"}
+    train(tiny_config(tmp_path, **options))
+    assert "warning after step 20: the loss is where it began" in capsys.readouterr().err
+    (warned,) = manifest_of(tmp_path / "run")["warnings"]
+    assert warned["kind"] == "not_learning"
+    assert warned["step"] == 20
+    assert warned["value"] < warned["threshold"] == 1e-3
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000024")
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps(manifest_of(tmp_path / "run") | {"status": "running", "warnings": []})
+    )
+    train(tiny_config(tmp_path, **options))
+    assert manifest_of(tmp_path / "run")["warnings"] == [warned]
