@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
+from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
@@ -30,7 +30,7 @@ from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import Objective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
-from preftune.reference.build import reference_logps
+from preftune.reference.build import MAX_TOKENS_PER_MICRO_BATCH, reference_logps
 from preftune.reference.fingerprints import namespace_key
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
@@ -38,7 +38,13 @@ from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
 from preftune.training.checkpoint import load_checkpoint, read_document, save_checkpoint
 from preftune.training.dry_run import try_heaviest
-from preftune.training.loop import peak_memory_gib
+from preftune.training.loop import GOES_ON
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    peak_memory_gib,
+    rows_and_tokens,
+    scoring_remedies,
+)
 from preftune.training.run_folder import RunStart, new_manifest, remove_old_checkpoints
 from preftune.training.step import TrainState
 
@@ -124,9 +130,17 @@ class Run:
             # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
             # forward would wait for the other ranks; they then find the values in the store.
             policy = self.loaded.policy.eval()
+            most = max(MAX_TOKENS_PER_MICRO_BATCH, int(examples.longest_side.max()))
             with (
                 runtime.main_first(),
                 self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
+                explain_lack_of_memory(
+                    "while the reference is scored",
+                    runtime.device,
+                    lambda: f"a forward of up to {most} tokens",
+                    lambda: ["a lower --max_length", "--dtype bfloat16"],
+                    then="; what is scored already is kept",
+                ),
             ):
                 values = reference_logps(
                     policy,
@@ -186,7 +200,21 @@ class Run:
 
         def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
             stage = f"evaluate {label}".rstrip()
-            with self.display.stage(stage, len(batcher.examples), "pair") as update:
+            sizes = self.pairs.held_out[label].examples.sizes
+
+            def heaviest() -> tuple[int, int]:
+                return largest(batches[label], sizes, self.layout.name)
+
+            with (
+                self.display.stage(stage, len(batcher.examples), "pair") as update,
+                explain_lack_of_memory(
+                    "in evaluation",
+                    self.runtime.device,
+                    lambda: f"the heaviest micro-batch ({rows_and_tokens(*heaviest())})",
+                    lambda: scoring_remedies(*heaviest()),
+                    then=GOES_ON,
+                ),
+            ):
                 return evaluate_pairs(
                     state.model,
                     objective,
@@ -210,8 +238,15 @@ class Run:
         runtime = self.runtime
         batches = (self.sampler.batch(step) for step in range(self.num_steps))
         heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
-        accumulates = len(micro_batching.split(self.sampler.batch(0))) > 1
-        try_heaviest(state, heaviest, batcher, objective, runtime, accumulates=accumulates)
+        try_heaviest(
+            state,
+            heaviest,
+            batcher,
+            objective,
+            runtime,
+            num_micro_batches=len(micro_batching.split(self.sampler.batch(0))),
+            accumulation=self.config.gradient_accumulation_steps,
+        )
         positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
         self.display.say(
             f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "

@@ -1,8 +1,8 @@
 """When to train, log, evaluate, save and stop."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,20 @@ from preftune.objective import Objective
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.tracking.tracker import Tracker
 from preftune.training.ahead import Ahead
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    num_positions_of,
+    peak_memory_gib,
+    rows_and_tokens,
+    training_remedies,
+)
 from preftune.training.nonfinite import describe_fault, losses_alone
 from preftune.training.optimizer import Schedule
 from preftune.training.signals import StopRequest, stop_on_signal
 from preftune.training.step import TrainState, train_step
 
 SHOWN_ROWS = 8
+GOES_ON = "; the same command with that goes on from the last checkpoint"
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 
@@ -88,19 +96,31 @@ class TrainingLoop:
         step = self.state.step
         num_rows = len(self.sampler.batch(step))
         num_tokens = self.state.num_tokens
-        train_step(
-            self.state,
-            [self.batcher.place(laid_out) for laid_out in micro_batches],
-            self.objective,
-            self.runtime,
-            num_rows=num_rows,
-            learning_rate=self.schedule(step),
-            max_grad_norm=self.config.max_grad_norm,
-            max_skipped=self.config.allowed_skips,
-        )
+        with self._explained(micro_batches):
+            train_step(
+                self.state,
+                [self.batcher.place(laid_out) for laid_out in micro_batches],
+                self.objective,
+                self.runtime,
+                num_rows=num_rows,
+                learning_rate=self.schedule(step),
+                max_grad_norm=self.config.max_grad_norm,
+                max_skipped=self.config.allowed_skips,
+            )
         self._unchecked[step + 1] = num_tokens, self.state.num_skipped
         self._window_pairs += num_rows
         self._window_steps += 1
+
+    def _explained(self, micro_batches: Sequence[LaidOut]) -> AbstractContextManager[None]:
+        sizes = [(num_positions_of(m.layout), m.num_rows) for m in micro_batches]
+        positions, num_rows = max(sizes)
+        return explain_lack_of_memory(
+            f"in step {self.state.step + 1}",
+            self.runtime.device,
+            lambda: f"the micro-batch ({rows_and_tokens(num_rows, positions)})",
+            lambda: training_remedies(num_rows, positions, self.config.gradient_accumulation_steps),
+            then=GOES_ON,
+        )
 
     def _after_step(self, update: Update, request: StopRequest) -> None:
         step = self.state.step
@@ -246,10 +266,3 @@ class TrainingLoop:
         if isinstance(every, float):
             every = max(1, round(every * self.num_steps))
         return step % every == 0
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: allocated on a GPU, resident of the process on a CPU; GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
