@@ -7,6 +7,7 @@ from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
 from preftune.config.dpo import DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
+from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.model import ModelConfig, another_model
 from preftune.config.problem import Problem
@@ -21,6 +22,7 @@ class ExperimentConfig(
     ModelConfig,
     DPOConfig,
     TrainingConfig,
+    GuardConfig,
     DatasetConfig,
     LoggingConfig,
     CheckpointConfig,

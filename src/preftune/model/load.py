@@ -61,6 +61,8 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise _is_an_adapter(key, name)
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{key} is {name!r}: the folder has no config.json; "
@@ -80,6 +82,15 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
             f"{key} is {name!r}: no such folder or .gguf file; "
             "give a folder, a .gguf file or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
+
+
+def _is_an_adapter(key: str, name: str) -> ModelError:
+    # transformers would load it with its base, or, where it cannot, the bare base alone.
+    return ModelError(
+        f"{key} is {name!r}, an adapter (it has an adapter_config.json), which preftune does not "
+        "start from yet; merge it into its base with peft's merge_and_unload(), save that, and "
+        "give its folder"
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -180,6 +191,8 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         )
     except LOADING_ERRORS as error:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _is_an_adapter("model_name_or_path", name)
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"model_name_or_path is {name!r}: its files lack {len(missing)} weights of a causal LM "

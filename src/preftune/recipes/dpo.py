@@ -19,7 +19,12 @@ from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
-from preftune.recipes.step_zero import check_step_zero
+from preftune.recipes.step_zero import (
+    check_step_zero,
+    compared_rows,
+    plain_rows,
+    plain_scores,
+)
 from preftune.reference.fingerprints import namespace_fields
 from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
@@ -96,6 +101,10 @@ def _train(
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(pinned, runtime.device)
+    examples = pairs.train.examples
+    plain = plain_scores(
+        loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
+    )
     layout = runtime.decide(
         lambda: choose_layout(
             loaded.policy,
@@ -132,25 +141,32 @@ def _train(
         load_balancing_weight=config.load_balancing_weight,
     )
     micro_batching = MicroBatching(
-        pairs.train.examples.sizes,
+        examples.sizes,
         layout.name,
         config.per_device_train_batch_size,
         config.max_tokens_per_microbatch,
     )
-    first_rows = micro_batching.split(sampler.batch(0))[0]
+    compared = micro_batching.split(compared_rows(len(examples)))
     is_exact = precision == "fp32" and config.dtype == "float32"
-    if config.reference_model_name_or_path is None:
-        check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
-    else:
+    if config.reference_model_name_or_path is not None:
         display.say(
             f"the reference is {config.reference_model_name_or_path}: policy and reference are not "
             "compared before the first step, because they may well differ"
         )
+    check_step_zero(
+        model,
+        objective,
+        batcher,
+        compared,
+        is_exact=is_exact,
+        plain=plain,
+        reference_is_start=config.reference_model_name_or_path is None,
+    )
 
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
     run.try_heaviest(state, objective, batcher, micro_batching)
-    metrics_file = run.begin(state)
+    metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
@@ -172,6 +188,7 @@ def _train(
         deadline=deadline,
         best=run.best,
         on_step=on_step,
+        note=lambda: run.note(state, batcher),
     )
     try:
         with run.saving():

@@ -16,10 +16,11 @@ from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
 from preftune.model.load import load_model, load_model_config, load_tokenizer, model_commit
 from preftune.recipes.pairs import Pairs
-from preftune.reference.build import ReferenceLogps, reference_logps
+from preftune.reference.build import ReferenceLogps, ShardSize, reference_logps
 from preftune.reference.fingerprints import namespace_fields, namespace_key
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.training.memory import explain_lack_of_memory
 
 
 def pin_reference(
@@ -109,9 +110,17 @@ class Reference:
         assert self.model is not None
         # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
         # forward would wait for the other ranks; they then find the values in the store.
+        most = max(ShardSize().tokens, int(examples.longest_side.max()))
         with (
             self.runtime.main_first(),
             self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
+            explain_lack_of_memory(
+                "while the reference is scored",
+                self.runtime.device,
+                lambda: f"a forward of up to {most} tokens",
+                lambda: ["a lower --max_length", "--dtype bfloat16"],
+                then="; what is scored already is kept",
+            ),
         ):
             values = reference_logps(
                 self.model.eval(),

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
+from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
@@ -39,7 +39,13 @@ from preftune.training.checkpoint import Snapshot, load_checkpoint, snapshot, wr
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
 from preftune.training.integrity import read_document
-from preftune.training.loop import peak_memory_gib
+from preftune.training.loop import GOES_ON
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    peak_memory_gib,
+    rows_and_tokens,
+    scoring_remedies,
+)
 from preftune.training.retention import BestCheckpoint, remove_old_checkpoints
 from preftune.training.run_folder import RunStart, new_manifest, plan_start
 from preftune.training.saver import CheckpointSaver
@@ -171,7 +177,21 @@ class Run:
 
         def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
             stage = f"evaluate {label}".rstrip()
-            with self.display.stage(stage, len(batcher.examples), "pair") as update:
+            sizes = self.pairs.held_out[label].examples.sizes
+
+            def heaviest() -> tuple[int, int]:
+                return largest(batches[label], sizes, self.layout.name)
+
+            with (
+                self.display.stage(stage, len(batcher.examples), "pair") as update,
+                explain_lack_of_memory(
+                    "in evaluation",
+                    self.runtime.device,
+                    lambda: f"the heaviest micro-batch ({rows_and_tokens(*heaviest())})",
+                    lambda: scoring_remedies(*heaviest()),
+                    then=GOES_ON,
+                ),
+            ):
                 return evaluate_pairs(
                     state.model,
                     objective,
@@ -195,16 +215,28 @@ class Run:
         runtime = self.runtime
         batches = (self.sampler.batch(step) for step in range(self.num_steps))
         heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
-        accumulates = len(micro_batching.split(self.sampler.batch(0))) > 1
-        try_heaviest(state, heaviest, batcher, objective, runtime, accumulates=accumulates)
+        try_heaviest(
+            state,
+            heaviest,
+            batcher,
+            objective,
+            runtime,
+            num_micro_batches=len(micro_batching.split(self.sampler.batch(0))),
+            accumulation=self.config.gradient_accumulation_steps,
+        )
         positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
         self.display.say(
             f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "
             f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"
         )
 
-    def begin(self, state: TrainState) -> MetricsFile:
-        """Make or take up the folder; restores the checkpoint, if there is one."""
+    def begin(self, state: TrainState, batcher: RowBatcher) -> MetricsFile:
+        """Make or take up the folder; restores the checkpoint, if there is one.
+
+        Args:
+            state: before its first step, or what the checkpoint is put into.
+            batcher: of the training pairs, for the ids of their rows.
+        """
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
@@ -227,6 +259,7 @@ class Run:
             folder.root.mkdir(parents=True, exist_ok=True)
             self._hold_folder()
             self._take_up_manifest()
+            self._take_up_guards(state, batcher)
             # First, so that a kill from here on leaves a folder that is known as a run's.
             folder.write_manifest(self.manifest)
             folder.checkpoints.mkdir(exist_ok=True)
@@ -279,6 +312,23 @@ class Run:
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
             self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
+
+    def note(self, state: TrainState, batcher: RowBatcher) -> None:
+        """Put what the guards have met so far into the manifest on disk."""
+        self._take_up_guards(state, batcher)
+        if self.runtime.is_main:
+            self.start.folder.write_manifest(self.manifest)
+
+    def _take_up_guards(self, state: TrainState, batcher: RowBatcher) -> None:
+        guards = state.guards
+        self.manifest["warnings"] = [asdict(warned) for warned in guards.warnings]
+        self.manifest["skipped_batches"] = [
+            {
+                "step": step,
+                "rows": [batcher.examples[row].row_id for row in self.sampler.batch(step - 1)],
+            }
+            for step in guards.skipped_steps
+        ]
 
     def _check_same_start(self, before: dict[str, Any]) -> None:
         changed = [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import RowSizes, sorted_batches
+from preftune.batching.micro_batches import RowSizes, largest, sorted_batches
 from preftune.config.model import ModelConfig, another_model
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
@@ -33,6 +34,11 @@ from preftune.recipes.pairs import (
 from preftune.recipes.preflight import check_device, slow_settings
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    rows_and_tokens,
+    scoring_remedies,
+)
 from preftune.training.run_folder import check_writable
 
 
@@ -223,7 +229,15 @@ def _sample(
     scoring = str(model.config._attn_implementation)
     model.set_attn_implementation(opened.attention)
     try:
-        with display.stage("sample", number, "answer") as update:
+        with (
+            display.stage("sample", number, "answer") as update,
+            explain_lack_of_memory(
+                "while answers are sampled",
+                model.device,
+                lambda: f"the batch of prompts with up to {config.kl_max_new_tokens} new tokens",
+                lambda: ["a lower --kl_max_new_tokens"],
+            ),
+        ):
             return sampled_answers(
                 model, tokenizer, prompts, number, config.kl_max_new_tokens, update
             )
@@ -291,11 +305,26 @@ def answer_logps(
     sums = np.full((len(sizes), sizes.lengths.shape[-1] - 1 if len(sizes) else 1), math.nan)
     done = 0
     for batch in sorted_batches(sizes, layout.name, rows=rows, max_tokens=max_tokens):
-        result = pair_logps(model, batcher(batch).layout)
+        with _explained(batch, sizes, layout, device):
+            result = pair_logps(model, batcher(batch).layout)
         sums[batch] = result.sums.view(len(batch), -1).cpu().numpy()
         done += len(batch)
         update(done)
     return sums
+
+
+def _explained(
+    batch: Sequence[int], sizes: RowSizes, layout: Layout, device: torch.device
+) -> AbstractContextManager[None]:
+    def heaviest() -> tuple[int, int]:
+        return largest([batch], sizes, layout.name)
+
+    return explain_lack_of_memory(
+        "while pairs are scored",
+        device,
+        lambda: f"a micro-batch ({rows_and_tokens(*heaviest())})",
+        lambda: scoring_remedies(*heaviest()),
+    )
 
 
 def write_scores(

@@ -43,6 +43,15 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "cache_dir",
         "save_dtype",
+        "on_nonfinite",
+        "max_skipped_batches",
+        # What a lack of memory is answered with: the same steps, to rounding. A checkpoint goes on
+        # only with as many pairs a step as it was made with.
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+        "max_tokens_per_microbatch",
+        "gradient_checkpointing",
     }
 )
 MAKER = "preftune"
