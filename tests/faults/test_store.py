@@ -100,6 +100,17 @@ def test_what_is_deleted_is_computed_again_to_the_same_bytes(tmp_path, pattern):
     assert again.num_computed == {"*.plan": 0, "*": 18}.get(pattern, again.num_computed) < 19
 
 
+def test_half_written_files_are_removed_unless_somebody_may_be_writing_them(tmp_path):
+    first = ReferenceStore(tmp_path, "ns", {})
+    leftover = first.folder / ".p-00000.safetensors.0123456789ab"
+    leftover.write_bytes(b"half")
+    second = ReferenceStore(tmp_path, "ns", {})
+    assert leftover.exists()
+    del first, second
+    ReferenceStore(tmp_path, "ns", {})
+    assert not leftover.exists()
+
+
 def test_two_answers_that_run_together_alike_have_their_own_values(tmp_path):
     """[1, 2] + [3] and [1] + [2, 3] are one sequence, of which other tokens are scored."""
 

@@ -25,6 +25,9 @@ from preftune.schema import TokenizedExample
 SECONDS_BETWEEN_LOOKS = 0.2
 """At shards that other processes compute."""
 
+MAX_TOKENS_PER_MICRO_BATCH = 4096
+"""Token positions of a forward, padding included; a longer answer goes alone."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -32,8 +35,8 @@ Progress = Callable[[int, int], None]
 class ShardSize:
     """How a pass is cut. Fixed: the composition of a micro-batch changes a log-prob's last bits."""
 
-    tokens: int = 4096
-    """Token positions of a micro-batch, padding included."""
+    tokens: int = MAX_TOKENS_PER_MICRO_BATCH
+    """Of a micro-batch, at most."""
     micro_batches: int = 16
     """Of one shard."""
 

@@ -265,10 +265,21 @@ def _open_in_use(folder: Path) -> int:
             lock = _open_lock(path)
         except FileNotFoundError:  # deleted in between
             continue
+        _remove_leftovers(folder, lock)
         _lock(lock, fcntl.LOCK_SH)
         if path.exists():
             return lock
         os.close(lock)
+
+
+def _remove_leftovers(folder: Path, lock: int) -> None:
+    """Delete what processes that were killed left half-written, if nobody else is writing here."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody is, or nobody can tell
+        return
+    for path in folder.glob(".*"):
+        path.unlink()
 
 
 def _open_lock(path: Path) -> int:
