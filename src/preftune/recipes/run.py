@@ -30,6 +30,7 @@ from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
 from preftune.objective import Objective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
+from preftune.redaction import redacted, redacted_values
 from preftune.reference.build import MAX_TOKENS_PER_MICRO_BATCH, reference_logps
 from preftune.reference.fingerprints import namespace_key
 from preftune.reference.store import ReferenceStore
@@ -268,6 +269,11 @@ class Run:
             self._check_same_start(document["identity"])
             policy = self.loaded.policy.model
             load_checkpoint(checkpoint, state, policy, is_main=self.runtime.is_main)
+            if state.step > self.num_steps:
+                raise CheckpointError(
+                    f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
+                    "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
+                )
             offset = document["metrics_offset"]
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
         if self.runtime.is_main:
@@ -281,7 +287,7 @@ class Run:
             self._take_over_metrics(metrics_file, offset)
             # `resume` belongs to the command, not to the run that a copy of it would repeat.
             settings = replace(self.config, resume="auto")
-            write_atomically(folder.config, settings.to_yaml())
+            write_atomically(folder.config, settings.to_yaml(redacted_values))
         self.runtime.barrier()
         return metrics_file
 
@@ -395,7 +401,9 @@ class Run:
             self.manifest["save_dtype"] = str(dtype).removeprefix("torch.")
             try:
                 save_model(self.loaded, self.tokenizer, temporary, dtype)
-                (temporary / "README.md").write_text(model_card(self.config, self.manifest))
+                (temporary / "README.md").write_text(
+                    redacted(model_card(self.config, self.manifest))
+                )
                 temporary.rename(final)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,6 @@ The learning-rate schedule and the order of the data are functions of the step a
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from preftune.errors import CheckpointError
-from preftune.files import fsync
+from preftune.files import fsync, remove_tree
 from preftune.metrics import MetricState
 from preftune.model.load import named_weights
+from preftune.training.checkpoint_values import check_values
 from preftune.training.step import TrainState
 
 VERSION = 1
@@ -43,7 +43,7 @@ def save_checkpoint(
         extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
     """
     temporary = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_tree(temporary)
     temporary.mkdir(parents=True)
     try:
         save_file(named_weights(model), temporary / "model.safetensors")
@@ -77,15 +77,15 @@ def save_checkpoint(
             "to go on"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; a deletion cut off half-way leaves nothing that looks complete."""
     doomed = folder.with_name(f".deleted-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)
 
 
 def read_document(folder: Path) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def read_document(folder: Path) -> dict[str, Any]:
         document = json.loads((folder / "state.json").read_text())
         if document["version"] != VERSION:
             raise ValueError(f"format {document['version']}, and this preftune reads {VERSION}")
-        _ = document["step"], document["config"], document["identity"], document["metrics_offset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_values(document)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(folder, error) from error
     return document
 
@@ -131,16 +131,22 @@ def load_checkpoint(
     _restore_weights(folder, weights, model)
     if state.reference is not None:
         _restore_weights(folder, reference, state.reference.model)
-    _restore_optimizer(optimizer, state, model)
+    try:
+        _restore_optimizer(optimizer, state, model)
+        _restore_counters(document, state, is_main=is_main)
+        _restore_generators(generators, document)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _restore_counters(document: dict[str, Any], state: TrainState, *, is_main: bool) -> None:
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
-    if document.get("running") is not None:
+    if document["running"] is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
-    if "guards" in document:
-        state.guards.restore(document["guards"])
+    state.guards.restore(document["guards"])
     state.num_skipped = torch.full_like(state.num_skipped, len(state.guards.skipped_steps))
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
-    _restore_generators(generators, document)
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:
@@ -177,6 +183,14 @@ def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]
 
 def _restore_optimizer(tensors: dict[str, Tensor], state: TrainState, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
+    # A dry step has made the optimizer's state; a new one has none yet.
+    expected = {name: tensor.shape for name, tensor in _optimizer_tensors(state, model).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if expected and found != expected:
+        different = sorted(
+            name for name in expected | found if expected.get(name) != found.get(name)
+        )
+        raise ValueError(f"the optimizer's state differs in {', '.join(different[:3])}")
     for label, tensor in tensors.items():
         key, name = label.split("/", 1)
         parameter = parameters[name]
