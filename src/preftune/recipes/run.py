@@ -31,6 +31,7 @@ from preftune.objective import Objective
 from preftune.recipes.model_card import model_card
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
+from preftune.redaction import redacted, redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -252,6 +253,11 @@ class Run:
             policy = self.loaded.policy.model
             runtime = self.runtime
             load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
+            if state.step > self.num_steps:
+                raise CheckpointError(
+                    f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
+                    "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
+                )
             offset = document["metrics_offset"]
             self._restore_best(document.get("best"))
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
@@ -266,7 +272,7 @@ class Run:
             self._take_over_metrics(metrics_file, offset)
             # `resume` belongs to the command, not to the run that a copy of it would repeat.
             settings = replace(self.config, resume="auto")
-            write_atomically(folder.config, settings.to_yaml())
+            write_atomically(folder.config, settings.to_yaml(redacted_values))
         self.runtime.barrier()
         return metrics_file
 
@@ -471,7 +477,9 @@ class Run:
             self.manifest["save_dtype"] = str(dtype).removeprefix("torch.")
             try:
                 save_model(self.loaded, self.tokenizer, temporary, dtype)
-                (temporary / "README.md").write_text(model_card(self.config, self.manifest))
+                (temporary / "README.md").write_text(
+                    redacted(model_card(self.config, self.manifest))
+                )
                 temporary.rename(final)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
