@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a policy on pairs of chosen and rejected answers",
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
+    "export": "write the weights of a checkpoint as a Hugging Face model",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "config": "show and compare configurations; presets; the JSON Schema",
     "quickstart": "train a small model that comes with preftune, in a few minutes",
