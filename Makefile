@@ -54,6 +54,7 @@ bench: $(VENV)/.peers  ## measure speed and memory, against TRL too; BENCH="--mi
 	$(BIN)/python benchmarks/step_rate.py
 	$(BIN)/python benchmarks/layout_memory.py
 	$(BIN)/python benchmarks/tokenise.py
+	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/against_trl.py $(BENCH)
 
 fmt: $(VENV)/.dev

@@ -29,5 +29,5 @@ def run(argv: Sequence[str]) -> int:
     if config is not None:
         from preftune.recipes.export import export
 
-        print(export(*places, config.save_dtype))
+        print(export(places[0], places[1], config.save_dtype))
     return 0

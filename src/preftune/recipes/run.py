@@ -74,7 +74,7 @@ class Run:
         )
         self.sampler = sampler
         self.num_steps = num_steps
-        self.began = time.time()
+        self.began = time.monotonic()  # clocks may be set
         self.earlier_seconds = 0.0
         self._lock: int | None = None
         self._trackers: list[Tracker] = []
@@ -395,7 +395,7 @@ class Run:
         self.manifest |= {
             "status": status,
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": round(self.earlier_seconds + time.time() - self.began, 3),
+            "seconds": round(self.earlier_seconds + time.monotonic() - self.began, 3),
             "peak_memory_gib": peak_memory_gib(self.runtime.device),
         }
         if self.runtime.is_main:
