@@ -1,4 +1,4 @@
-"""Copies of a state on a GPU: of the moment they were asked for, and nobody waits for the device."""
+"""Copies of a state on a GPU are of the moment they were asked for, and the host does not wait."""
 
 import pytest
 import torch
