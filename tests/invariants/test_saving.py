@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from preftune import train
 from preftune.errors import CheckpointError
-from preftune.recipes import run as run_module
+from preftune.recipes import checkpoints as module
 from preftune.training.checkpoint import Snapshot
 from preftune.training.saver import CheckpointSaver, HostCopies
 from tests.runs import pretend_unfinished, read_metrics, read_state, tiny_config
@@ -80,7 +80,7 @@ def test_the_test_above_sees_an_update_that_does_not_wait(waited_for, monkeypatc
 def test_one_save_at_a_time_and_all_before_the_end(waited_for, monkeypatch):
     """The training thread never writes; no two writes overlap; the end waits for the last."""
     threads, inside = [], threading.Semaphore(1)
-    write = run_module.write_checkpoint
+    write = module.write_checkpoint
 
     def recorded(folder, content):
         assert inside.acquire(blocking=False)
@@ -89,7 +89,7 @@ def test_one_save_at_a_time_and_all_before_the_end(waited_for, monkeypatch):
         write(folder, content)
         inside.release()
 
-    monkeypatch.setattr(run_module, "write_checkpoint", recorded)
+    monkeypatch.setattr(module, "write_checkpoint", recorded)
     folder = train(settings(waited_for, output_dir=waited_for / "one")).folder
     assert len(threads) == len(folder.list_checkpoints()) == 6
     assert threading.main_thread() not in threads
@@ -98,7 +98,7 @@ def test_one_save_at_a_time_and_all_before_the_end(waited_for, monkeypatch):
 @pytest.mark.parametrize("background", [True, False])
 def test_an_error_in_the_background_is_told_as_any(waited_for, tmp_path, monkeypatch, background):
     """At the next step, with the same words; what was saved before leads to the same end."""
-    write, failed_at = run_module.write_checkpoint, []
+    write, failed_at = module.write_checkpoint, []
 
     def failing(folder, content):
         if folder.name == "step-00000003" and not failed_at:
@@ -106,7 +106,7 @@ def test_an_error_in_the_background_is_told_as_any(waited_for, tmp_path, monkeyp
             (folder.parent / f".partial-{folder.name}").write_bytes(b"")  # a file in the way
         write(folder, content)
 
-    monkeypatch.setattr(run_module, "write_checkpoint", failing)
+    monkeypatch.setattr(module, "write_checkpoint", failing)
     options = {"output_dir": tmp_path / "run", "checkpoint_async": background}
     with pytest.raises(CheckpointError, match=r"step-00000003 could not be written .*earlier"):
         train(settings(waited_for, **options))
@@ -124,7 +124,7 @@ def test_an_error_in_the_last_save_is_told_too(waited_for, tmp_path, monkeypatch
 
     shutil.copytree(waited_for / "run", tmp_path / "run")
     pretend_unfinished(tmp_path / "run", 5)
-    monkeypatch.setattr(run_module, "write_checkpoint", failing)
+    monkeypatch.setattr(module, "write_checkpoint", failing)
     with pytest.raises(CheckpointError, match="no space"):
         train(settings(waited_for, output_dir=tmp_path / "run"))
     assert not (tmp_path / "run" / "final").exists()

@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
+    "export": "write the weights of a checkpoint as a Hugging Face model",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",

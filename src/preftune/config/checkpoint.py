@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from preftune.config.export import SaveDtype
 from preftune.config.problem import Problem, below, count
 from preftune.config.run_time import seconds_of
 from preftune.config.section import Section
@@ -53,7 +54,7 @@ class CheckpointConfig(Section):
     """Where to go on. auto: from the last checkpoint in `output_dir`, if any; never: an error if
     there is one; or the path of a checkpoint."""
 
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_dtype: SaveDtype = "auto"
     """How the weights in final/ are stored. auto: as the source model's."""
 
     def __post_init__(self) -> None:

@@ -182,16 +182,16 @@ def _train(
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
-        save_failed=run.save_failed,
-        settle=run.settle,
+        save_failed=run.checkpoints.failed,
+        settle=run.checkpoints.settle,
         requests=requests,
         deadline=deadline,
-        best=run.best,
+        best=run.checkpoints.best,
         on_step=on_step,
         note=lambda: run.note(state, batcher),
     )
     try:
-        with run.saving():
+        with run.checkpoints.awaited():
             loop.run()
         run.save_final()
         return TrainResult(start.folder, run.end("finished"))

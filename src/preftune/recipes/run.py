@@ -3,14 +3,12 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -22,13 +20,14 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime
-from preftune.errors import CheckpointError, PreftuneError
+from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.model.layout_choice import LayoutChoice
-from preftune.model.load import DTYPES, LoadedModel, save_model, stop_at
+from preftune.model.load import LoadedModel, stop_at
 from preftune.objective import Objective
-from preftune.recipes.model_card import model_card
+from preftune.recipes.checkpoints import Checkpoints
+from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.redaction import redacted, redacted_values
@@ -36,7 +35,7 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import Snapshot, load_checkpoint, snapshot, write_checkpoint
+from preftune.training.checkpoint import load_checkpoint, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
 from preftune.training.integrity import read_document
@@ -47,9 +46,7 @@ from preftune.training.memory import (
     rows_and_tokens,
     scoring_remedies,
 )
-from preftune.training.retention import BestCheckpoint, remove_old_checkpoints
 from preftune.training.run_folder import RunStart, new_manifest, plan_start
-from preftune.training.saver import CheckpointSaver
 from preftune.training.step import TrainState
 
 
@@ -82,14 +79,12 @@ class Run:
         )
         self.sampler = sampler
         self.num_steps = num_steps
-        self.began = time.time()
+        self.began = time.monotonic()  # clocks may be set
         self.earlier_seconds = 0.0
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
-        self.best = BestCheckpoint.of(config)
-        self._saver: CheckpointSaver | None = None
-        self._best_noted: int | None = None
+        self.checkpoints = Checkpoints(config, start.folder, runtime, display, self._note_best)
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -241,12 +236,7 @@ class Run:
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
-        self._saver = CheckpointSaver(
-            state.optimizer,
-            self.runtime.device,
-            in_background=self.config.checkpoint_async,
-            say=self.display.say,
-        )
+        self.checkpoints.begin(state.optimizer)
         if checkpoint is not None:
             document = read_document(checkpoint)
             self._check_same_start(document["identity"])
@@ -259,7 +249,9 @@ class Run:
                     "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
                 )
             offset = document["metrics_offset"]
-            self._restore_best(document.get("best"))
+            found = self.checkpoints.restore_best(document.get("best"))
+            if found is not None:
+                self.manifest["best_checkpoint"] = found
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
         if self.runtime.is_main:
             folder.root.mkdir(parents=True, exist_ok=True)
@@ -287,18 +279,6 @@ class Run:
             f"another process has worked in {root} since this command began; run it again to go on "
             "from there"
         )
-
-    def _restore_best(self, saved: dict[str, Any] | None) -> None:
-        if self.best is None:
-            return
-        self.best.restore(saved, self.start.folder)
-        self._hold_best()
-        if saved and saved["step"] is not None and self.best.step is None:
-            self.display.say(
-                f"the best checkpoint so far (step {saved['step']}, {saved['metric']} "
-                f"{saved['value']:.6g}) is not in this run's folder or was by another measure: the "
-                "best is sought anew from here on"
-            )
 
     def trackers(self, step: int) -> list[Tracker]:
         """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
@@ -381,108 +361,45 @@ class Run:
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
         """Save the state after its step, and drop checkpoints beyond the retention.
 
-        In the background, if the configuration says so: then `settle` waits for it.
+        In the background, if the configuration says so: then `checkpoints.settle` waits for it.
         """
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
         if self.runtime.is_main:
-            assert self._saver is not None  # made in `begin`
             extra = {
                 "config": self.manifest["config"],
                 "identity": self._identity(),
                 "metrics_offset": metrics_file.offset,
-                "best": None if self.best is None else self.best.as_dict(),
+                "facts": self._facts(),
             }
             content = snapshot(state, self.loaded.policy.model, window, generators, extra)
-            self._saver.save(content, lambda content: self._publish(content, metrics_file))
+            self.checkpoints.save(content, metrics_file)
         if not self.config.checkpoint_async:
             self.runtime.barrier()
 
-    def _publish(self, content: Snapshot, metrics_file: MetricsFile) -> None:
-        """Write a checkpoint; in the background, so it touches nothing that training does."""
-        folder, config, document = self.start.folder, self.config, content.document
-        metrics_file.sync()  # the lines that the checkpoint counts on
-        write_checkpoint(folder.checkpoint(document["step"]), content)
-        best_step = document["best"] and document["best"]["step"]
-        keep, max_gb = config.keep_last_n_checkpoints, config.checkpoint_max_gb
-        remove_old_checkpoints(folder, keep, max_gb, best_step)
-
-    def save_failed(self) -> bool:
-        """Whether a checkpoint could not be written; notes the best one once it is written."""
-        if self._saver is not None and not self._saver.busy and not self._saver.failed:
-            self._note_best()
-        return self._saver is not None and self._saver.failed
-
-    def settle(self) -> None:
-        """Wait until the checkpoint under way is on disk.
-
-        Raises:
-            CheckpointError: it could not be written; on every rank.
-        """
-        error = self._wait_for_save()
-        (failed,) = self.runtime.any_rank(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise CheckpointError("a checkpoint could not be written; rank 0 says why")
-        self._note_best()
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Lose no checkpoint that is under way, nor its error, when the block ends with another."""
-        try:
-            yield
-        except PreftuneError as error:
-            if failed := self._wait_for_save():
-                raise CheckpointError([*failed.problems, *error.problems]) from error
-            raise
-        finally:
-            if failed := self._wait_for_save():
-                self.display.say(str(failed))
-
-    def _wait_for_save(self) -> CheckpointError | None:
-        try:
-            if self._saver is not None:
-                self._saver.wait()
-        except CheckpointError as error:
-            return error
-        return None
-
-    def _note_best(self) -> None:
-        """Say in run.json which checkpoint is the best, if that is news."""
-        best = self.best
-        if best is None or best.step == self._best_noted or not self.runtime.is_main:
-            return
-        self._hold_best()
-        self.start.folder.write_manifest(self.manifest)
-
-    def _hold_best(self) -> None:
-        best = self.best
-        if best is not None and best.step is not None:
-            folder = self.start.folder
-            path = folder.checkpoint(best.step).relative_to(folder.root)
-            self.manifest["best_checkpoint"] = best.as_dict() | {"path": str(path)}
-            self._best_noted = best.step
+    def _note_best(self, best: dict[str, Any]) -> None:
+        self.manifest["best_checkpoint"] = best
+        if self.runtime.is_main:
+            self.start.folder.write_manifest(self.manifest)
 
     def save_final(self) -> None:
         """Write `final/`, whole or not at all."""
         if self.runtime.is_main:
             final = self.start.folder.final
-            temporary = final.with_name(".partial-final")
-            for path in (temporary, final):
-                shutil.rmtree(path, ignore_errors=True)
-            self._teach_stop_token()
-            choice = self.config.save_dtype
-            dtype = self.loaded.source_dtype if choice == "auto" else DTYPES[choice]
-            self.manifest["save_dtype"] = str(dtype).removeprefix("torch.")
+            stop_id = self._stop_token_id()
+            if stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
+                token = self.tokenizer.convert_ids_to_tokens(stop_id)
+                self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
             try:
-                save_model(self.loaded, self.tokenizer, temporary, dtype)
-                (temporary / "README.md").write_text(
-                    redacted(model_card(self.config, self.manifest))
+                self.manifest["save_dtype"] = write_model_folder(
+                    final,
+                    self.loaded,
+                    self.tokenizer,
+                    self.config,
+                    self.manifest,
+                    save_dtype=self.config.save_dtype,
                 )
-                temporary.rename(final)
-            except (OSError, SafetensorError) as error:
-                shutil.rmtree(temporary, ignore_errors=True)
+            except OSError as error:
                 raise CheckpointError(
                     f"{final} could not be written ({error}); free some space, and run the same "
                     "command to write it from the last checkpoint"
@@ -490,20 +407,28 @@ class Run:
             self.display.say(f"saved {final}")
         self.runtime.barrier()
 
-    def _teach_stop_token(self) -> None:
+    def _stop_token_id(self) -> int | None:
+        """The token that ends answers of a chat; None where the data is plain text."""
         if self.pairs.train.examples.is_text.all():
-            return
-        stop_id = answer_frame(self.tokenizer).stop_id
-        if stop_at(self.loaded.policy.model, stop_id):
-            token = self.tokenizer.convert_ids_to_tokens(stop_id)
-            self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
+            return None
+        return answer_frame(self.tokenizer).stop_id
+
+    def _facts(self) -> dict[str, Any]:
+        """What `preftune export` has to know of the run."""
+        train = self.manifest["data"]["train"]
+        return {
+            "model_commit": self.manifest["model"]["commit"],
+            "stop_token_id": self._stop_token_id(),
+            "data": {"train": {key: train[key] for key in ("num_pairs", "dropped")}},
+            **{key: self.manifest[key] for key in ("versions", "global_batch_size", "precision")},
+        }
 
     def end(self, status: str) -> dict[str, Any]:
         """Write the manifest's last word."""
         self.manifest |= {
             "status": status,
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": round(self.earlier_seconds + time.time() - self.began, 3),
+            "seconds": round(self.earlier_seconds + time.monotonic() - self.began, 3),
             "peak_memory_gib": peak_memory_gib(self.runtime.device),
         }
         if self.runtime.is_main:
@@ -514,8 +439,7 @@ class Run:
         """Close the trackers, and let other processes have the folder."""
         for tracker in self._trackers:
             tracker.close()
-        if self._saver is not None:
-            self._saver.close()
+        self.checkpoints.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -1,0 +1,62 @@
+"""`preftune export`: the weights of any checkpoint as a model in the Hugging Face format."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from preftune.config.experiment import ExperimentConfig
+from preftune.config.export import SaveDtype
+from preftune.errors import CheckpointError
+from preftune.model.load import load_model, stop_at
+from preftune.recipes.model_folder import write_model_folder
+from preftune.recipes.pairs import prepare_tokenizer
+from preftune.training.checkpoint import load_weights
+from preftune.training.integrity import MANIFEST, STATE, read_document
+from preftune.training.run_folder import check_writable
+
+
+def export(checkpoint: str, output_dir: str, save_dtype: SaveDtype) -> str:
+    """Write a checkpoint's weights as `final/` would hold them.
+
+    Architecture and tokenizer are those of the model that the run started from, which must still
+    be there; its weights do not count.
+
+    Args:
+        checkpoint: a folder such as RUN/checkpoints/step-00000100.
+        output_dir: a folder that does not exist yet.
+        save_dtype: of the weights; auto is the start model's.
+
+    Returns:
+        A sentence for people.
+
+    Raises:
+        PreftuneError: the checkpoint is damaged or none, or the folder exists or cannot be written.
+    """
+    source, target = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
+    if not any((source / name).is_file() for name in (MANIFEST, STATE)):
+        raise CheckpointError(
+            f"CHECKPOINT is {checkpoint!r}: no complete checkpoint is there (it would hold a "
+            f"{MANIFEST}); give a folder such as RUN/checkpoints/step-00000100"
+        )
+    if target.exists():
+        raise CheckpointError(f"OUTPUT_DIR is {output_dir!r}, which exists; give a new folder")
+    check_writable("OUTPUT_DIR", target)
+    document = read_document(source)
+    facts = document["facts"]
+    config = ExperimentConfig(**document["config"])
+    config = replace(config, model_revision=facts["model_commit"])
+    tokenizer = prepare_tokenizer(config)
+    loaded = load_model(config, torch.device("cpu"))
+    load_weights(source, loaded.policy.model)
+    if facts["stop_token_id"] is not None:
+        stop_at(loaded.policy.model, facts["stop_token_id"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    facts |= {"steps": document["step"]}
+    try:
+        dtype = write_model_folder(target, loaded, tokenizer, config, facts, save_dtype=save_dtype)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written ({error}); free some space, or give another OUTPUT_DIR"
+        ) from error
+    return f"written: {target} (step {document['step']}, {dtype})"

@@ -1,0 +1,60 @@
+"""A trained model in the Hugging Face format: written whole or not at all."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from preftune.config.experiment import ExperimentConfig
+from preftune.files import fsync
+from preftune.model.load import DTYPES, LoadedModel, save_model
+from preftune.recipes.model_card import model_card
+from preftune.redaction import redacted
+
+
+def write_model_folder(
+    folder: Path,
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ExperimentConfig,
+    facts: Mapping[str, Any],
+    *,
+    save_dtype: str,
+) -> str:
+    """Write weights, config, tokenizer and model card beside their place, and rename them there.
+
+    Args:
+        folder: where the model goes; what is there is replaced.
+        loaded: the model.
+        tokenizer: of the model.
+        config: of the run that trained it.
+        facts: of the run, for the card: as in run.json.
+        save_dtype: of the weights; auto is the source model's.
+
+    Returns:
+        The dtype that was taken.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
+    dtype = loaded.source_dtype if save_dtype == "auto" else DTYPES[save_dtype]
+    name = str(dtype).removeprefix("torch.")
+    temporary = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_model(loaded, tokenizer, temporary, dtype)
+        card = redacted(model_card(config, {**facts, "save_dtype": name}))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        fsync(folder.parent)
+    except SafetensorError as error:  # its name for a full disk, too
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return name
