@@ -30,7 +30,7 @@ from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
-from preftune.redaction import redacted, redacted_values
+from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
