@@ -4,6 +4,7 @@
 # TORCH_INDEX_URL  package index of another PyTorch build (see README, "Install")
 # PREFTUNE_DATA folder of real preference pairs; tests that need it skip without it
 # BENCH         options of benchmarks/against_trl.py
+# KILLS         how many kills `make soak` makes
 
 VENV ?= .venv
 TORCH_INDEX_URL ?=
@@ -15,8 +16,9 @@ BENCH ?= --minutes 45
 PYTEST = $(BIN)/python -m pytest -q
 # Two processes of one thread each: the tests' models are far too small for more threads.
 PARALLEL = -n 2
+KILLS ?= 50
 
-.PHONY: demo test test-all check bench fmt clean
+.PHONY: demo test test-all check bench soak fmt clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "preftune needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; fi
@@ -56,6 +58,9 @@ bench: $(VENV)/.peers  ## measure speed and memory, against TRL too; BENCH="--mi
 	$(BIN)/python benchmarks/tokenise.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/against_trl.py $(BENCH)
+
+soak: $(VENV)/.dev  ## kill runs at random instants and compare what they become; KILLS=500 for longer
+	$(BIN)/python -m tests.faults.soak --kills $(KILLS)
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -12,11 +12,8 @@ import torch
 
 from preftune import ExperimentConfig
 from preftune.batching.batcher import MicroBatch
-from preftune.config.model import ModelConfig
 from preftune.losses import PairLogps
 from preftune.model.forward import SequenceLogps
-from preftune.model.layout_choice import choose_layout
-from preftune.model.load import load_model
 from preftune.objective import PairObjective
 from preftune.recipes import dpo, run
 from preftune.tracking.progress import ProgressDisplay
@@ -78,15 +75,11 @@ def train(task: dict[str, Any], settings: dict[str, Any], bf16: bool) -> dict[st
 def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
     """Run a task with `base` as the reference; record what it computes.
 
-    preftune's reference is the policy before its first step. Here the pass over the reference is
-    given the base model in its place, and the check that they are equal is left out.
+    preftune's own choice would be the policy before its first step.
     """
     work = Task(**task)
-    config = _config(work, {"mixed_precision": "fp32", "logging_steps": 1})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = load_model(ModelConfig(model_name_or_path=base), device).policy
-    choose_layout(reference, config.wanted_layout, config.attn_implementation, 1)
-    score = run.reference_logps
+    settings = {"mixed_precision": "fp32", "logging_steps": 1}
+    config = _config(work, settings | {"reference_model_name_or_path": base})
     sums: dict[str, list[list[float]]] = {}
 
     class Recording(PairObjective):
@@ -105,8 +98,6 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
 
     with ExitStack() as patches:
         for place, name, value in (
-            (run, "reference_logps", lambda _, *args, **kw: score(reference, *args, **kw)),
-            (dpo, "check_step_zero", lambda *args, **kwargs: None),
             (run, "try_heaviest", lambda *args, **kwargs: None),  # no step: not to be recorded
             (dpo, "objective_of", Recording),
         ):

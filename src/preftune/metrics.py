@@ -29,6 +29,20 @@ class MetricSums:
         self._totals[name] = total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
+    def add_all(self, other: "MetricSums", keep: Tensor | None = None) -> None:
+        """Add another window's sums and counts.
+
+        Args:
+            other: stays as it is.
+            keep: on the device; where it is false, nothing is added. None: true.
+        """
+        for name, total in other._totals.items():
+            count = other._counts[name]
+            if keep is not None:
+                total = torch.where(keep, total, 0.0)
+                count = keep.double() * count
+            self.add(name, total, count)
+
     def means(self, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each metric over all ranks; waits for the device once.
 

@@ -32,7 +32,10 @@ def test_no_command_prints_the_help_and_is_an_error(capsys):
     ("argv", "text"),
     [
         (["trian"], "trian is not a command; did you mean train?"),
-        (["zzz"], "zzz is not a command; they are train, check, score, export, data, config"),
+        (
+            ["zzz"],
+            "zzz is not a command; they are train, check, score, export, verify-resume, data",
+        ),
         (["config", "shw"], "config shw is not a command; write: preftune config show"),
         (["config"], "config needs a command; write: preftune config show"),
         (["train", "--beta", "x", *NEEDED], "command line: --beta is 'x'; it must be a finite"),
@@ -111,6 +114,10 @@ def test_config_show_prints_a_config_that_can_be_run(capsys, tmp_path):
         *([command, "--help"] for command in COMMANDS),
         ["data", "inspect", "--help"],
         ["data", "tokenize", "--help"],
+        ["cache", "build", "--help"],
+        ["cache", "show"],
+        ["cache", "prune", "--older_than", "0"],
+        ["cache", "export", "--help"],
         ["config", "show", *NEEDED],
         ["train", "--beta", "0"],
     ],

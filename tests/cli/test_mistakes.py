@@ -22,6 +22,7 @@ import torch
 
 from preftune.cli.main import main
 from preftune.recipes import preflight
+from tests.mounts import IN_A_NAMESPACE, can_mount
 from tests.runs import arguments, tiny_config, tiny_settings
 from tests.tiny import chat_row, make_pairs
 
@@ -103,6 +104,28 @@ def changed_json(name: str, **changes: Any) -> Callable[[Path], str]:
     return lambda root: json.dumps(json.loads((root / name).read_text()) | changes)
 
 
+def from_model(name: str) -> Callable[[Path], str]:
+    """A file of the model, under another folder."""
+    return lambda root: (root / "model" / Path(name).name).read_text(errors="replace")
+
+
+def swapped_tokens(root: Path) -> str:
+    """The model's tokenizer.json, in which two tokens have each other's ids."""
+    tokenizer = json.loads((root / "model" / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    return json.dumps(tokenizer)
+
+
+OTHER_TOKENS = {
+    "other/config.json": from_model("config.json"),
+    "other/model.safetensors": b"not weights",
+    "other/tokenizer_config.json": from_model("tokenizer_config.json"),
+    "other/tokenizer.json": swapped_tokens,
+}
+"""A model like that of the run, but for its tokenizer."""
+
+
 def broken_line(root: Path) -> str:
     lines = [json.dumps(row) for row in make_pairs(10)]
     lines[6] = lines[6][:-1]
@@ -167,6 +190,31 @@ MISTAKES = {
     "steps between syncs of a reference that stays": given(reference_sync_steps=64),
     "a reference that follows, with simpo": given(loss_type="simpo", sync_reference="true"),
     "a share above 1": given(sync_reference="true", reference_mixup_alpha=1.5),
+    "a reference that is not there": given(reference_model_name_or_path="./typo"),
+    "a reference model that follows the policy": given(
+        reference_model_name_or_path="./model", sync_reference="true"
+    ),
+    "a revision of no reference model": given(reference_model_revision="main"),
+    "a revision of a reference in a folder": given(
+        reference_model_name_or_path="./model", reference_model_revision="main"
+    ),
+    "a reference with other tokens": Mistake(
+        {"reference_model_name_or_path": "other"}, (), {**OTHER_TOKENS}
+    ),
+    "a reference without a tokenizer": Mistake(
+        {"reference_model_name_or_path": "other"},
+        (),
+        {name: OTHER_TOKENS[name] for name in ("other/config.json", "other/model.safetensors")},
+        cut=r"be loaded \(.*\); check",
+    ),
+    "a reference with fewer tokens": Mistake(
+        {"reference_model_name_or_path": "other"},
+        (),
+        {
+            **{name: from_model(name) for name in OTHER_TOKENS},
+            "other/config.json": changed_json("model/config.json", vocab_size=40),
+        },
+    ),
     "no steps between syncs": given(sync_reference="true", reference_sync_steps=0),
     "layouts that contradict": given(concatenated_forward="true", forward_layout="separate"),
     "a prompt longer than the whole": given(max_length=64, max_prompt_length=128),
@@ -453,18 +501,10 @@ CACHES = {
 }
 """Options of the file system that the cache is on: rights mean nothing to root."""
 
-IN_A_NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 BOTH_COMMANDS = (
     "import sys; from preftune.cli.main import main; words = sys.argv[1:]; "
     "print([main([command, *words]) for command in ('check', 'train')])"
 )
-
-
-def can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    probe = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -184,6 +184,7 @@ def test_a_run_keeps_the_commit_that_its_branch_stood_for(tmp_path: Path) -> Non
         settings = tiny_settings(tmp_path, checkpointing_steps=2, num_epochs=1.0, progress="plain")
         settings |= {"model_name_or_path": "org/tiny", "dataset_name": "org/pairs"}
         settings |= {"output_dir": str(tmp_path / folder), "model_revision": "main"}
+        settings |= {"reference_model_name_or_path": "org/tiny"}
         command = [sys.executable, "-m", "preftune", "train", *arguments(settings)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -191,6 +192,7 @@ def test_a_run_keeps_the_commit_that_its_branch_stood_for(tmp_path: Path) -> Non
 
     manifest, _ = run("run")
     assert manifest["model"]["commit"] == SHA["old"]
+    assert manifest["reference_model"]["commit"] == SHA["old"]
     assert manifest["data"]["train"]["sources"][0]["revision"] == SHA["old"]
     # The run is interrupted, and the branch moves to other weights meanwhile.
     manifest["status"] = "interrupted"
@@ -202,8 +204,10 @@ def test_a_run_keeps_the_commit_that_its_branch_stood_for(tmp_path: Path) -> Non
     hub_repository(hub, "models", "org/tiny", SHA["new"], tmp_path / "n")
     resumed, said = run("run")
     assert "going on after step 2" in said
-    assert resumed["model"]["commit"] == SHA["old"]
-    assert run("again")[0]["model"]["commit"] == SHA["new"]
+    again, _ = run("again")
+    for key in ("model", "reference_model"):
+        assert resumed[key]["commit"] == SHA["old"]
+        assert again[key]["commit"] == SHA["new"]
 
 
 def test_the_saved_model_stops_where_its_answers_were_taught_to(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout, build_layout
+from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType, combine, make_loss
 from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.layout_choice import choose_layout
 from preftune.objective import PairObjective, as_pairs
 from preftune.reference.build import reference_logps
+from preftune.reference.live import LiveReference
 from preftune.reference.store import ReferenceStore
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
@@ -132,3 +134,26 @@ def test_the_reference_is_scored_once_for_every_alpha(tmp_path):
         # What is stored is float32.
         torch.testing.assert_close(logps.ref_chosen, logps.chosen, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logps.ref_rejected, logps.rejected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_answer_with_two_partners_is_stored_once_and_weighed_as_a_live_reference_weighs_it(
+    tmp_path, name
+):
+    """Beside a short rival most of its tokens weigh alpha, beside a long one none do."""
+    answer = Completion((7, 8, 9, 10, 11, 12))
+    rivals = (Completion((20, 21)), Completion(tuple(range(20, 30))))
+    roles = ("chosen", "rejected")
+    rows = [
+        TokenizedExample(f"r{n}", (5, 6), (answer, rival), roles, "s", 99)
+        for n, rival in enumerate(rivals)
+    ]
+    policy = PolicyModel(tiny_model())
+    choose_layout(policy, name, "auto", longest=64)
+    layout = Layout(name, ld_alpha=ALPHA)
+    stored = reference_sums(tmp_path, policy, rows, layout)
+    assert stored.num_computed == 3
+    assert stored.sums[0, 0] - stored.sums[1, 0] > 1
+    live = LiveReference(policy, Runtime("fp32", 0), mixup_alpha=1.0, sync_steps=1)
+    sums = live.logps(build_layout(rows, layout)).view(2, 2)
+    torch.testing.assert_close(stored.sums, sums, rtol=1e-6, atol=1e-5)

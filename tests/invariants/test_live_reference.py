@@ -105,9 +105,10 @@ def forwards(monkeypatch) -> list[bool]:
 )
 def test_the_reference_runs_once_a_micro_batch(tmp_path, forwards, loss_type, step):
     run(tmp_path, "run", loss_type=loss_type, **SYNC)
-    # Two of the layout's probe, two of the check before step 1; the heaviest micro-batch runs the
-    # reference, too. 21 pairs in micro-batches of 4 are 2, 2 and 2 a step.
-    assert forwards == [False] * 4 + [False, True] + step * 6
+    # Two of the layout's probe, six of the check before step 1, which runs the reference on two of
+    # its four micro-batches; the heaviest micro-batch runs it, too. 21 pairs in micro-batches of 4
+    # are 2, 2 and 2 a step.
+    assert forwards == [False] * 8 + [False, True] + step * 6
 
 
 RESUMED = OFTEN | {"test_size": 5, "eval_steps": 2, "checkpointing_steps": 1}

@@ -68,9 +68,10 @@ def test_final_loads_with_plain_transformers_and_generates(tmp_path):
 
 def test_reference_free_losses_run_no_reference_forward(tmp_path, forwards):
     manifest = train(tiny_config(tmp_path, loss_type="simpo")).manifest
-    # 21 pairs in micro-batches of 4 make 6 forwards an epoch; four more come before step 1: two of
-    # the layout's probe, the check of that step, and the heaviest micro-batch, as in training.
-    assert forwards == [False] * 3 + [True] * 13
+    # 21 pairs in micro-batches of 4 make 6 forwards an epoch; seven more come before step 1: two of
+    # the layout's probe, four of the check of that step (two rows that are scored once more, and
+    # eight in micro-batches of 4), and the heaviest micro-batch, as in training.
+    assert forwards == [False] * 6 + [True] * 13
     assert "reference" not in manifest
     assert not (tmp_path / "cache" / "reference").exists()
 
@@ -83,7 +84,7 @@ def test_what_does_not_change_the_reference_recomputes_none(tmp_path, forwards):
         options = changes | {"loss_type": loss_type, "output_dir": tmp_path / loss_type}
         manifest = train(tiny_config(tmp_path, **options)).manifest
         assert manifest["reference"]["reference"] == {"computed": 0, "reused": 42}
-    assert forwards == ([False] * 3 + [True] * 13) * 2
+    assert forwards == ([False] * 6 + [True] * 13) * 2
 
 
 def test_other_weights_recompute_all(tmp_path):

@@ -141,6 +141,6 @@ def test_lack_of_memory_is_told_before_the_first_step(tmp_path):
         return done.stdout
 
     text = attempt({"output_dir": str(tmp_path / "much")})
-    assert "the heaviest micro-batch of this run (4 pairs" in text
+    assert "the heaviest micro-batch of this run (4 rows" in text
     assert "Set --max_tokens_per_microbatch" in text
     assert not (tmp_path / "much").exists()

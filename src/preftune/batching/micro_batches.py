@@ -99,6 +99,14 @@ def num_positions(rows: Iterable[int], sizes: RowSizes, layout: LayoutName) -> i
     return load.positions
 
 
+def largest(
+    batches: Iterable[Sequence[int]], sizes: RowSizes, layout: LayoutName
+) -> tuple[int, int]:
+    """Rows and token positions of the batch with the most positions."""
+    positions, rows = max((num_positions(rows, sizes, layout), len(rows)) for rows in batches)
+    return rows, positions
+
+
 @dataclass(frozen=True)
 class MicroBatching:
     """How a global batch is dealt to ranks and cut into micro-batches."""

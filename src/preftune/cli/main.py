@@ -14,11 +14,13 @@ COMMANDS = {
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
     "export": "write the weights of a checkpoint as a Hugging Face model",
+    "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
+    "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",
     "quickstart": "train a small model that comes with preftune, in a few minutes",
 }
-"""What each command does; its module here, of the same name, has `run(argv) -> int`."""
+"""What each command does; its module here, of the same name with _ for -, has `run(argv)`."""
 
 
 def entrypoint() -> None:
@@ -71,7 +73,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(COMMANDS)}"
         raise ConfigError(f"{command} is not a command; {hint}")
     # Imported only now, and each imports its heavy half in turn only once its options are right.
-    return import_module(f"preftune.cli.{command}").run(rest)
+    return import_module(f"preftune.cli.{command.replace('-', '_')}").run(rest)
 
 
 def _help() -> str:

@@ -69,6 +69,24 @@ def sync_problems(config: "DPOConfig") -> list[Problem]:
     return found
 
 
+def reference_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of a reference that is another model."""
+    key, name = "reference_model_name_or_path", config.reference_model_name_or_path
+    if name is None:
+        revision = config.reference_model_revision
+        message = f"it needs {key}; the policy's own is model_revision"
+        problem = Problem("reference_model_revision", revision, message, (key,))
+        return [] if revision is None else [problem]
+    if config.sync_reference:
+        message = "sync_reference is true: that reference begins as the policy; leave one out"
+        return [Problem(key, name, message, ("sync_reference",))]
+    if not config.needs_reference:
+        named = ", ".join(loss.value for loss in config.loss_types)
+        message = f"no reference is read by the loss {named}: leave it out"
+        return [Problem(key, name, message, ("loss_type",))]
+    return []
+
+
 def weight_problems(config: "DPOConfig") -> list[Problem]:
     """The problems of what losses are summed, and how."""
     found, losses, weights = [], config.loss_types, config.loss_weights
@@ -144,6 +162,14 @@ class DPOConfig(LossKnobs, LossChoice, Section):
     """Weight of a loss beside the others that spreads tokens evenly over the experts of a mixture;
     0 (off) or more. Only for models with routers. Computed in each forward by itself, on its real
     tokens, so it depends on which pairs share one."""
+
+    reference_model_name_or_path: str | None = None
+    """The reference, where it is not the policy before its first step: a name on the Hugging Face
+    Hub, a folder or a GGUF file, whose tokens must be those of the policy. Unset: the policy."""
+
+    reference_model_revision: str | None = None
+    """Branch, tag or commit of `reference_model_name_or_path` on the Hub. Unset: its default
+    branch."""
 
     sync_reference: bool = False
     """Let the reference follow the policy (TR-DPO). It then runs beside the policy, a copy in
@@ -243,7 +269,7 @@ class DPOConfig(LossKnobs, LossChoice, Section):
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = [*weight_problems(self), *length_problems(self), *knob_problems(self)]
-        found += sync_problems(self)
+        found += [*sync_problems(self), *reference_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":
             said = "concatenated" if self.concatenated_forward else "separate"
             if said != self.forward_layout:

@@ -7,8 +7,9 @@ from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
 from preftune.config.dpo import DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
+from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
-from preftune.config.model import ModelConfig
+from preftune.config.model import ModelConfig, another_model
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
 from preftune.config.training import TrainingConfig
@@ -21,6 +22,7 @@ class ExperimentConfig(
     ModelConfig,
     DPOConfig,
     TrainingConfig,
+    GuardConfig,
     DatasetConfig,
     LoggingConfig,
     CheckpointConfig,
@@ -35,6 +37,17 @@ class ExperimentConfig(
     """
 
     takes_presets = True
+
+    @property
+    def reference_model(self) -> ModelConfig | None:
+        """The reference, where it is another model than the policy before its first step."""
+        name = self.reference_model_name_or_path
+        return another_model(self, name, self.reference_model_revision) if name else None
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """All models that the rows go through: the policy, and a reference of its own."""
+        return [model for model in (self, self.reference_model) if model is not None]
 
     def resolve(self) -> None:
         """Choose when to evaluate, from what there is."""

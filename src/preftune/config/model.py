@@ -75,6 +75,23 @@ class ModelConfig(Section):
         return found + _template_problems(self.chat_template)
 
 
+def another_model(config: ModelConfig, name: str, revision: str | None = None) -> ModelConfig:
+    """Another model, loaded the same way.
+
+    Args:
+        config: how.
+        name: which, as `model_name_or_path`.
+        revision: of it, as `model_revision`.
+    """
+    return ModelConfig(
+        model_name_or_path=name,
+        model_revision=revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _template_problems(template: str | None) -> list[Problem]:
     if template is None or template in CHAT_TEMPLATES:
         return []

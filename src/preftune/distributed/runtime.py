@@ -117,6 +117,14 @@ class Runtime:
         """Give a model the same precision as in training, without an optimizer or gradients."""
         return self._accelerator.prepare_model(model, evaluation_mode=True)
 
+    def release(self, model: nn.Module) -> None:
+        """Let go of a model that was prepared, so that its memory is free once nobody holds it."""
+        # Accelerate keeps a list of all it has prepared, and its wrapped forward is a cycle.
+        models = self._accelerator._models
+        models[:] = [kept for kept in models if kept is not model]
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+
     def accumulate(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
         """Leave gradients unsynchronised until the last micro-batch of a step."""
         return nullcontext() if is_last else self._accelerator.no_sync(model)

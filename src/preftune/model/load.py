@@ -61,6 +61,8 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise _is_an_adapter(key, name)
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{key} is {name!r}: the folder has no config.json; "
@@ -80,6 +82,15 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
             f"{key} is {name!r}: no such folder or .gguf file; "
             "give a folder, a .gguf file or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
+
+
+def _is_an_adapter(key: str, name: str) -> ModelError:
+    # transformers would load it with its base, or, where it cannot, the bare base alone.
+    return ModelError(
+        f"{key} is {name!r}, an adapter (it has an adapter_config.json), which preftune does not "
+        "start from yet; merge it into its base with peft's merge_and_unload(), save that, and "
+        "give its folder"
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -119,19 +130,24 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
 
 
-def model_commit(config: ModelConfig) -> str | None:
+def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
     """The commit that `model_revision` stands for now; None for a model of this machine.
+
+    Args:
+        config: names the model.
+        prefix: of the options that named it, such as "reference_".
 
     Raises:
         ModelError: the model cannot be found, or a revision is asked of one without any.
     """
     name = str(config.model_name_or_path)
-    check_model_files(name)
+    key = f"{prefix}model_name_or_path"
+    check_model_files(name, key)
     if Path(name).expanduser().exists():
         if config.model_revision is not None:
             raise ModelError(
-                f"model_revision is {config.model_revision!r}, but {name} is on this machine and "
-                "has no revisions; leave it out"
+                f"{prefix}model_revision is {config.model_revision!r}, but {name} is on this "
+                "machine and has no revisions; leave it out"
             )
         return None
     try:
@@ -140,7 +156,7 @@ def model_commit(config: ModelConfig) -> str | None:
             hf_hub_download(name, "config.json", revision=config.model_revision)
         ).parent.name
     except LOADING_ERRORS as error:
-        raise _cannot_load("model", "model_name_or_path", name, error) from error
+        raise _cannot_load("model", key, name, error) from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
@@ -175,6 +191,8 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         )
     except LOADING_ERRORS as error:
         raise _cannot_load("model", "model_name_or_path", name, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _is_an_adapter("model_name_or_path", name)
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"model_name_or_path is {name!r}: its files lack {len(missing)} weights of a causal LM "

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,14 @@ from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
+from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
-from preftune.recipes.step_zero import check_step_zero
+from preftune.recipes.step_zero import (
+    check_step_zero,
+    compared_rows,
+    plain_rows,
+    plain_scores,
+)
 from preftune.reference.fingerprints import namespace_fields
 from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
@@ -36,7 +43,9 @@ class TrainResult:
     manifest: dict[str, Any]
 
 
-def train(config: ExperimentConfig) -> TrainResult:
+def train(
+    config: ExperimentConfig, *, on_step: Callable[[int, list[str]], None] | None = None
+) -> TrainResult:
     """Train the policy that `config` describes; what `preftune train` does.
 
     A run that was stopped goes on from its last checkpoint, to the same bits. A finished one is
@@ -44,6 +53,8 @@ def train(config: ExperimentConfig) -> TrainResult:
 
     Args:
         config: the whole experiment.
+        on_step: called after each step with its number, counted from 1, and the ids of the rows
+            that this process trained on.
 
     Returns:
         The run's folder and its manifest.
@@ -53,10 +64,14 @@ def train(config: ExperimentConfig) -> TrainResult:
     """
     # From here on: SIGUSR1 would end the process while nothing is caught.
     with SignalRequests().saving() as requests:
-        return _train(config, requests)
+        return _train(config, requests, on_step)
 
 
-def _train(config: ExperimentConfig, requests: SignalRequests) -> TrainResult:
+def _train(
+    config: ExperimentConfig,
+    requests: SignalRequests,
+    on_step: Callable[[int, list[str]], None] | None,
+) -> TrainResult:
     limit = config.max_run_seconds
     deadline = None if limit is None else time.monotonic() + limit
     start, pinned, tokenizer = check_setup(config)
@@ -86,6 +101,10 @@ def _train(config: ExperimentConfig, requests: SignalRequests) -> TrainResult:
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
     loaded = load_model(pinned, runtime.device)
+    examples = pairs.train.examples
+    plain = plain_scores(
+        loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
+    )
     layout = runtime.decide(
         lambda: choose_layout(
             loaded.policy,
@@ -109,26 +128,45 @@ def _train(config: ExperimentConfig, requests: SignalRequests) -> TrainResult:
         "weights": fields["weights"],
         "parameters": loaded.num_parameters,
     }
-    batcher, held_out = run.batchers(fields)
+    reference = None
+    if config.stores_reference:
+        reference = open_reference(pinned, loaded.policy, fields, layout, pairs, runtime, display)
+        run.manifest |= reference.describe(pinned)
+    batcher, held_out = run.batchers(reference)
+    if reference is not None:
+        reference.release()  # training needs the memory
     objective = objective_of(
         loss_of(config),
         live_reference=live_reference,
         load_balancing_weight=config.load_balancing_weight,
     )
     micro_batching = MicroBatching(
-        pairs.train.examples.sizes,
+        examples.sizes,
         layout.name,
         config.per_device_train_batch_size,
         config.max_tokens_per_microbatch,
     )
-    first_rows = micro_batching.split(sampler.batch(0))[0]
+    compared = micro_batching.split(compared_rows(len(examples)))
     is_exact = precision == "fp32" and config.dtype == "float32"
-    check_step_zero(model, objective, batcher, first_rows, is_exact=is_exact)
+    if config.reference_model_name_or_path is not None:
+        display.say(
+            f"the reference is {config.reference_model_name_or_path}: policy and reference are not "
+            "compared before the first step, because they may well differ"
+        )
+    check_step_zero(
+        model,
+        objective,
+        batcher,
+        compared,
+        is_exact=is_exact,
+        plain=plain,
+        reference_is_start=config.reference_model_name_or_path is None,
+    )
 
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
     run.try_heaviest(state, objective, batcher, micro_batching)
-    metrics_file = run.begin(state)
+    metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
@@ -149,6 +187,8 @@ def _train(config: ExperimentConfig, requests: SignalRequests) -> TrainResult:
         requests=requests,
         deadline=deadline,
         best=run.checkpoints.best,
+        on_step=on_step,
+        note=lambda: run.note(state, batcher),
     )
     try:
         with run.checkpoints.awaited():

@@ -58,7 +58,8 @@ def load_experiment_pairs(
     """Read, check and tokenise training and held-out pairs, and say what was kept."""
     pairs = read_experiment_pairs(config, tokenizer, display)
     for dataset in (pairs.train, *pairs.held_out.values()):
-        check_fits_model(config, dataset)
+        for model in config.models:
+            check_fits_model(model, dataset)
         for sentence in margin_use(config, dataset):
             display.say(sentence)
     train, held_out = pairs.train.repeated(), pairs.held_out
@@ -157,7 +158,8 @@ def _load_all(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, display: ProgressDisplay
 ) -> tuple[PairDataset, dict[str, PairDataset]]:
     """The datasets as they are named; what is wrong with several is told at once."""
-    context = model_context(config)
+    contexts = [context for m in config.models if (context := model_context(m)) is not None]
+    context = min(contexts, default=None)
     findings = Findings()
     train, held_out = None, {}
     with findings:

@@ -20,6 +20,7 @@ from preftune.errors import ConfigError, Findings
 from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
 from preftune.recipes.pairs import prepare_tokenizer
+from preftune.recipes.reference import pin_reference
 from preftune.tracking.tracker import check_trackers
 from preftune.training.run_folder import RunStart, check_writable, plan_start
 
@@ -80,7 +81,8 @@ def look_at_model(
         known = None if start is None else start.model_commit
         pinned = replace(config, model_revision=known or model_commit(config))
         check_routers(config, load_model_config(pinned))
-        return pinned, prepare_tokenizer(pinned)
+        tokenizer = prepare_tokenizer(pinned)
+        return pin_reference(pinned, tokenizer, start and start.reference_commit), tokenizer
     if config.chat_template is not None:
         with findings:  # it may be wrong, too
             template_text(config.chat_template)

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import MicroBatching, num_positions, sorted_batches
+from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
-from preftune.config.paths import cache_root
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import Runtime
@@ -30,8 +29,7 @@ from preftune.objective import Objective
 from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
-from preftune.reference.build import reference_logps
-from preftune.reference.fingerprints import namespace_key
+from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -40,7 +38,13 @@ from preftune.training.checkpoint import load_checkpoint, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
 from preftune.training.integrity import read_document
-from preftune.training.loop import peak_memory_gib
+from preftune.training.loop import GOES_ON
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    peak_memory_gib,
+    rows_and_tokens,
+    scoring_remedies,
+)
 from preftune.training.run_folder import RunStart, new_manifest, plan_start
 from preftune.training.step import TrainState
 
@@ -77,6 +81,7 @@ class Run:
         self.began = time.monotonic()  # clocks may be set
         self.earlier_seconds = 0.0
         self._lock: int | None = None
+        self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
         self.checkpoints = Checkpoints(config, start.folder, runtime, display, self._note_best)
         if not loaded.policy.compact_head:
@@ -101,60 +106,38 @@ class Run:
             "data": _describe_data(pairs),
         }
 
-    def batchers(self, fields: dict[str, Any]) -> tuple[RowBatcher, dict[str, RowBatcher]]:
-        """Training pairs, and held-out ones by label, with their reference values."""
-        namespace = namespace_key(fields)
-        train = self._batcher(self.pairs.train.examples, fields, "reference")
-        held_out = {}
-        if self.config.eval_strategy != "never":
-            for label, pairs in self.pairs.held_out.items():
-                stage = f"reference ({label or 'held out'})"
-                held_out[label] = self._batcher(pairs.examples, fields, stage)
-        if train.reference is not None:
-            self.manifest["reference_namespace"] = namespace
+    def batchers(self, reference: Reference | None) -> tuple[RowBatcher, dict[str, RowBatcher]]:
+        """Training pairs, and held-out ones by label, with their reference values.
+
+        Args:
+            reference: scores what is missing; None where none is read, or none is stored.
+        """
+        if reference is not None:
+            self._store = reference.store  # in use until the run ends
+        rows = rows_to_score(self.config, self.pairs)
+        train = self._batcher(rows.pop(None), reference, stage_name(None))
+        held_out = {
+            str(label): self._batcher(examples, reference, stage_name(label))
+            for label, examples in rows.items()
+        }
         return train, held_out
 
-    def _batcher(
-        self,
-        examples: TokenRows,
-        fields: dict[str, Any],
-        stage: str,
-    ) -> RowBatcher:
-        config, runtime = self.config, self.runtime
-        values = None
-        if config.stores_reference:
-            store = ReferenceStore(cache_root(config.cache_dir), namespace_key(fields), fields)
-            # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
-            # forward would wait for the other ranks; they then find the values in the store.
-            policy = self.loaded.policy.eval()
-            with (
-                runtime.main_first(),
-                self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
-            ):
-                values = reference_logps(
-                    policy,
-                    examples,
-                    store,
-                    layout=self.layout,
-                    device=runtime.device,
-                    progress=counting(update),
-                )
-            self.display.say(
-                f"{stage}: {values.num_computed} log-probs computed, "
-                f"{values.num_reused} reused from {store.folder}"
-            )
+    def _batcher(self, examples: TokenRows, reference: Reference | None, stage: str) -> RowBatcher:
+        sums = None
+        if reference is not None:
+            values = reference.logps(examples, stage)
+            sums = values.sums
             self.manifest.setdefault("reference", {})[stage] = {
                 "computed": values.num_computed,
                 "reused": values.num_reused,
             }
-        sums = None if values is None else values.sums
         return RowBatcher(
             examples,
             sums,
             self.layout,
-            runtime.device,
+            self.runtime.device,
             self._columns(examples),
-            examples.num_scored[:, 0] if config.reads_mean_length else None,
+            examples.num_scored[:, 0] if self.config.reads_mean_length else None,
         )
 
     def _columns(self, examples: TokenRows) -> dict[str, Tensor]:
@@ -189,7 +172,21 @@ class Run:
 
         def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
             stage = f"evaluate {label}".rstrip()
-            with self.display.stage(stage, len(batcher.examples), "pair") as update:
+            sizes = self.pairs.held_out[label].examples.sizes
+
+            def heaviest() -> tuple[int, int]:
+                return largest(batches[label], sizes, self.layout.name)
+
+            with (
+                self.display.stage(stage, len(batcher.examples), "pair") as update,
+                explain_lack_of_memory(
+                    "in evaluation",
+                    self.runtime.device,
+                    lambda: f"the heaviest micro-batch ({rows_and_tokens(*heaviest())})",
+                    lambda: scoring_remedies(*heaviest()),
+                    then=GOES_ON,
+                ),
+            ):
                 return evaluate_pairs(
                     state.model,
                     objective,
@@ -213,16 +210,28 @@ class Run:
         runtime = self.runtime
         batches = (self.sampler.batch(step) for step in range(self.num_steps))
         heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
-        accumulates = len(micro_batching.split(self.sampler.batch(0))) > 1
-        try_heaviest(state, heaviest, batcher, objective, runtime, accumulates=accumulates)
+        try_heaviest(
+            state,
+            heaviest,
+            batcher,
+            objective,
+            runtime,
+            num_micro_batches=len(micro_batching.split(self.sampler.batch(0))),
+            accumulation=self.config.gradient_accumulation_steps,
+        )
         positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
         self.display.say(
             f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "
             f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"
         )
 
-    def begin(self, state: TrainState) -> MetricsFile:
-        """Make or take up the folder; restores the checkpoint, if there is one."""
+    def begin(self, state: TrainState, batcher: RowBatcher) -> MetricsFile:
+        """Make or take up the folder; restores the checkpoint, if there is one.
+
+        Args:
+            state: before its first step, or what the checkpoint is put into.
+            batcher: of the training pairs, for the ids of their rows.
+        """
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
@@ -242,6 +251,7 @@ class Run:
             folder.root.mkdir(parents=True, exist_ok=True)
             self._hold_folder()
             self._take_up_manifest()
+            self._take_up_guards(state, batcher)
             # First, so that a kill from here on leaves a folder that is known as a run's.
             folder.write_manifest(self.manifest)
             folder.checkpoints.mkdir(exist_ok=True)
@@ -282,6 +292,23 @@ class Run:
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
             self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
+
+    def note(self, state: TrainState, batcher: RowBatcher) -> None:
+        """Put what the guards have met so far into the manifest on disk."""
+        self._take_up_guards(state, batcher)
+        if self.runtime.is_main:
+            self.start.folder.write_manifest(self.manifest)
+
+    def _take_up_guards(self, state: TrainState, batcher: RowBatcher) -> None:
+        guards = state.guards
+        self.manifest["warnings"] = [asdict(warned) for warned in guards.warnings]
+        self.manifest["skipped_batches"] = [
+            {
+                "step": step,
+                "rows": [batcher.examples[row].row_id for row in self.sampler.batch(step - 1)],
+            }
+            for step in guards.skipped_steps
+        ]
 
     def _check_same_start(self, before: dict[str, Any]) -> None:
         changed = [
@@ -410,6 +437,7 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        self._store = None
 
 
 def _describe_data(pairs: Pairs) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import RowSizes, sorted_batches
-from preftune.config.model import ModelConfig
+from preftune.batching.micro_batches import RowSizes, largest, sorted_batches
+from preftune.config.model import ModelConfig, another_model
 from preftune.config.score import ScoreConfig
 from preftune.data.table import TokenRows
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
@@ -33,6 +34,11 @@ from preftune.recipes.pairs import (
 from preftune.recipes.preflight import check_device, slow_settings
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    rows_and_tokens,
+    scoring_remedies,
+)
 from preftune.training.run_folder import check_writable
 
 
@@ -104,7 +110,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
     models: list[ModelConfig] = [config]
     if config.reference_model_name_or_path:
         check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
-        models.append(_reference_config(config))
+        models.append(another_model(config, config.reference_model_name_or_path))
     precision = resolve_precision(config.mixed_precision)
     runtime = Runtime(precision, seed=0)
     if runtime.world_size > 1:
@@ -145,6 +151,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
     samples = _sample(opened, dataset.examples, tokenizer, display, config)
     drawn = _logps_of_samples(opened, samples, config, runtime)
     if len(models) > 1:
+        runtime.release(opened.model)
         del opened  # memory holds one model at a time
         opened = open_model(models[1], longest, runtime, display, config)
         reference = pairs_under(opened)
@@ -222,7 +229,15 @@ def _sample(
     scoring = str(model.config._attn_implementation)
     model.set_attn_implementation(opened.attention)
     try:
-        with display.stage("sample", number, "answer") as update:
+        with (
+            display.stage("sample", number, "answer") as update,
+            explain_lack_of_memory(
+                "while answers are sampled",
+                model.device,
+                lambda: f"the batch of prompts with up to {config.kl_max_new_tokens} new tokens",
+                lambda: ["a lower --kl_max_new_tokens"],
+            ),
+        ):
             return sampled_answers(
                 model, tokenizer, prompts, number, config.kl_max_new_tokens, update
             )
@@ -290,11 +305,26 @@ def answer_logps(
     sums = np.full((len(sizes), sizes.lengths.shape[-1] - 1 if len(sizes) else 1), math.nan)
     done = 0
     for batch in sorted_batches(sizes, layout.name, rows=rows, max_tokens=max_tokens):
-        result = pair_logps(model, batcher(batch).layout)
+        with _explained(batch, sizes, layout, device):
+            result = pair_logps(model, batcher(batch).layout)
         sums[batch] = result.sums.view(len(batch), -1).cpu().numpy()
         done += len(batch)
         update(done)
     return sums
+
+
+def _explained(
+    batch: Sequence[int], sizes: RowSizes, layout: Layout, device: torch.device
+) -> AbstractContextManager[None]:
+    def heaviest() -> tuple[int, int]:
+        return largest([batch], sizes, layout.name)
+
+    return explain_lack_of_memory(
+        "while pairs are scored",
+        device,
+        lambda: f"a micro-batch ({rows_and_tokens(*heaviest())})",
+        lambda: scoring_remedies(*heaviest()),
+    )
 
 
 def write_scores(
@@ -323,15 +353,6 @@ def write_scores(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
-
-
-def _reference_config(config: ScoreConfig) -> ModelConfig:
-    return ModelConfig(
-        model_name_or_path=config.reference_model_name_or_path,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _check_output(config: ScoreConfig) -> None:

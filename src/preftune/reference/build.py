@@ -1,11 +1,14 @@
 """Score every answer once under the reference, or take the value from the store.
 
 The reference is the policy in its initial state. Shards and their micro-batches are a pure
-function of the rows, so a pass that was killed ends in the same bytes when it is run again.
+function of the rows, so a pass that was killed ends in the same bytes when it is run again, and
+processes that run the same pass at once share its shards.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,15 +19,26 @@ from preftune.batching.layout import Layout, build_layout, token_weights
 from preftune.batching.micro_batches import RowSizes, sorted_batches
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
-from preftune.reference.store import ReferenceStore, StoredLogps
+from preftune.reference.store import ReferenceStore, StoredLogps, read_shard
 from preftune.schema import TokenizedExample
 
-# Token positions, padding included. Fixed, because the composition of a micro-batch changes the
-# last bits of a log-prob.
+SECONDS_BETWEEN_LOOKS = 0.2
+"""At shards that other processes compute."""
+
 MAX_TOKENS_PER_MICRO_BATCH = 4096
-MICRO_BATCHES_PER_SHARD = 16
+"""Token positions of a forward, padding included; a longer answer goes alone."""
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ShardSize:
+    """How a pass is cut. Fixed: the composition of a micro-batch changes a log-prob's last bits."""
+
+    tokens: int = MAX_TOKENS_PER_MICRO_BATCH
+    """Of a micro-batch, at most."""
+    micro_batches: int = 16
+    """Of one shard."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class ReferenceLogps:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """Where an answer stands; its tokens are read when they are scored."""
 
     key: bytes
@@ -64,6 +78,8 @@ def reference_logps(
     layout: Layout,
     device: torch.device,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    shard_size: ShardSize = ShardSize(),
 ) -> ReferenceLogps:
     """Log-prob sums of every answer under the model as it is now.
 
@@ -74,40 +90,91 @@ def reference_logps(
         layout: how rows are laid out. What is stored does not depend on its `ld_alpha`.
         device: where the result goes.
         progress: called with (answers done, answers to do).
+        say: called with a sentence for people.
+        shard_size: how the pass is cut.
+
+    Raises:
+        CacheError: the store is damaged or cannot be written.
     """
+    keys, answers = answers_of(examples)
+    scorer = Scorer(model, layout, device)
+    shards = _Pass(examples, scorer, store, shard_size, progress, say)
+    pass_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
+    planned = _plan(store, pass_id, list(answers))
+    own = shards.run(pass_id, [answers[key] for key in planned])
+    known = store.read(skip_pass=pass_id) | own
+    lost = [answer for key, answer in answers.items() if key not in known]
+    if lost:  # values of another pass that somebody has deleted since
+        lost_id = xxhash.xxh3_64_hexdigest(b"".join(answer.key for answer in lost))
+        known |= shards.run(lost_id, lost)
+    sums = [_sums([known[key] for key in row], layout.ld_alpha) for row in keys]
+    return ReferenceLogps(
+        sums=torch.tensor(sums, dtype=torch.float64, device=device),
+        num_computed=shards.num_computed,
+        num_reused=len(answers) - shards.num_computed,
+    )
+
+
+def answers_of(
+    examples: Sequence[TokenizedExample],
+) -> tuple[list[list[bytes]], dict[bytes, Answer]]:
+    """The keys of each row's answers, and each answer where it first stands."""
     keys: list[list[bytes]] = []
-    answers: dict[bytes, _Answer] = {}
+    answers: dict[bytes, Answer] = {}
     for row, example in enumerate(examples):
         keys.append([completion_key(example, c) for c in example.completions])
         for side, (key, completion) in enumerate(zip(keys[-1], example.completions, strict=True)):
             lengths = (len(example.prompt_ids), len(completion.ids))
-            answers.setdefault(key, _Answer(key, row, side, example.prompt_key, lengths))
-    # Answers are scored one by one: what an answer's tokens weigh depends on its row.
-    shared = (examples, model, store, replace(layout, ld_alpha=1.0, scores_prompt=False), device)
-    rows_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
-    # What this pass has to compute is decided once and kept: a pass that was cut off, or that is
-    # run again after others have added to the store, finds its own shards and its own values.
-    planned = store.read_plan(rows_id)
-    if planned is None:
-        stored = store.read()
-        planned = [key for key in answers if key not in stored]
-        store.write_plan(rows_id, planned)
-    own, num_computed = _compute_shards(
-        [answers[key] for key in planned], rows_id, *shared, progress
-    )
-    known = store.read(skip_pass=rows_id) | own
-    lost = [answer for key, answer in answers.items() if key not in known]
-    if lost:  # values of another pass that somebody has deleted since
-        lost_id = xxhash.xxh3_64_hexdigest(b"".join(answer.key for answer in lost))
-        again, num_again = _compute_shards(lost, lost_id, *shared, progress)
-        known |= again
-        num_computed += num_again
-    sums = [_sums([known[key] for key in row], layout.ld_alpha) for row in keys]
-    return ReferenceLogps(
-        sums=torch.tensor(sums, dtype=torch.float64, device=device),
-        num_computed=num_computed,
-        num_reused=len(answers) - num_computed,
-    )
+            answers.setdefault(key, Answer(key, row, side, example.prompt_key, lengths))
+    return keys, answers
+
+
+class Scorer:
+    """Scores answers one by one: what an answer's tokens weigh depends on its row."""
+
+    def __init__(self, model: nn.Module, layout: Layout, device: torch.device) -> None:
+        """Take a model in eval mode; nothing depends on the layout's `ld_alpha`."""
+        self.model = model
+        self.layout = replace(layout, ld_alpha=1.0, scores_prompt=False)
+        self.device = device
+
+    def batches(self, answers: Sequence[Answer], max_tokens: int) -> list[list[Answer]]:
+        """Micro-batches of at most `max_tokens` positions; a longer answer goes alone."""
+        sizes = RowSizes(
+            np.array([answer.prompt_key for answer in answers], dtype=np.uint64),
+            np.array([answer.lengths for answer in answers], dtype=np.int64).reshape(-1, 2),
+        )
+        rows = sorted_batches(sizes, self.layout.name, max_tokens=max_tokens)
+        return [[answers[i] for i in batch] for batch in rows]
+
+    @torch.no_grad()
+    def __call__(
+        self, examples: Sequence[TokenizedExample], answers: Sequence[Answer]
+    ) -> dict[bytes, StoredLogps]:
+        """Log-probs of the answers of one micro-batch, by key."""
+        rows = [answer.example(examples) for answer in answers]
+        result = pair_logps(self.model, build_layout(rows, self.layout).to(self.device))
+        triples = zip(answers, result.sums.tolist(), result.per_token, strict=True)
+        return {
+            answer.key: StoredLogps(total, per_token.float().cpu().numpy())
+            for answer, total, per_token in triples
+        }
+
+
+def _plan(store: ReferenceStore, pass_id: str, keys: list[bytes]) -> list[bytes]:
+    """What a pass has to compute, which is decided once and kept.
+
+    A pass that was cut off, or that is run again after others have added to the store, so finds
+    its own shards and its own values.
+    """
+    with store.deciding():
+        planned = store.read_plan(pass_id)
+        if planned is None:
+            # Shards of this pass are there only if its plan was deleted: then it is that again.
+            others, own = store.read(skip_pass=pass_id), store.read_pass(pass_id)
+            planned = [key for key in keys if key in own or key not in others]
+            store.write_plan(pass_id, planned)
+    return planned
 
 
 def _sums(row: list[StoredLogps], ld_alpha: float) -> list[float]:
@@ -121,58 +188,82 @@ def _sums(row: list[StoredLogps], ld_alpha: float) -> list[float]:
     ]
 
 
-def _compute_shards(
-    missing: list[_Answer],
-    pass_id: str,
-    examples: Sequence[TokenizedExample],
-    model: nn.Module,
-    store: ReferenceStore,
-    layout: Layout,
-    device: torch.device,
-    progress: Progress | None,
-) -> tuple[dict[bytes, StoredLogps], int]:
-    sizes = RowSizes(
-        np.array([answer.prompt_key for answer in missing], dtype=np.uint64),
-        np.array([answer.lengths for answer in missing], dtype=np.int64).reshape(-1, 2),
-    )
-    batches = sorted_batches(sizes, layout.name, max_tokens=MAX_TOKENS_PER_MICRO_BATCH)
-    values: dict[bytes, StoredLogps] = {}
-    num_computed = 0
+@dataclass
+class _Pass:
+    """Computes shards, or reads those that are there."""
 
-    def report(num_more: int) -> None:
-        if progress is not None:
-            progress(len(values) + num_more, len(missing))
+    examples: Sequence[TokenizedExample]
+    scorer: Scorer
+    store: ReferenceStore
+    size: ShardSize
+    progress: Progress | None
+    say: Callable[[str], None]
+    num_computed: int = 0
+    """Answers, over all calls of `run`."""
 
-    for index, start in enumerate(range(0, len(batches), MICRO_BATCHES_PER_SHARD)):
-        shard = [[missing[i] for i in b] for b in batches[start : start + MICRO_BATCHES_PER_SHARD]]
-        keys = [answer.key for batch in shard for answer in batch]
-        path = store.shard_path(pass_id, index)
-        stored = store.read_shard(path) if path.exists() else {}
-        if any(key not in stored for key in keys):
-            stored = _compute_shard(model, shard, examples, layout, device, report)
-            store.write_shard(path, stored)
-            num_computed += len(keys)
-        values.update(stored)
-        report(0)
-    return values, num_computed
+    def run(self, pass_id: str, missing: list[Answer]) -> dict[bytes, StoredLogps]:
+        """The values of `missing`: one process computes a shard, and the others read it."""
+        pending = self._shards(pass_id, missing)
+        values: dict[bytes, StoredLogps] = {}
+        has_told = False
+
+        def report(num_more: int) -> None:
+            if self.progress is not None:
+                self.progress(len(values) + num_more, len(missing))
+
+        while pending:
+            held = []
+            for path, batches in pending:
+                stored = self._shard(path, batches, report)
+                if stored is None:
+                    held.append((path, batches))
+                else:
+                    values.update(stored)
+                    report(0)
+            if len(held) == len(pending):
+                if not has_told:
+                    self.say(
+                        f"waiting for {len(held)} shards of reference log-probs, which another "
+                        f"process is computing in {self.store.folder}"
+                    )
+                    has_told = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            pending = held
+        return values
+
+    def _shards(self, pass_id: str, missing: list[Answer]) -> list[tuple[Path, list[list[Answer]]]]:
+        """Where the shards of a pass lie, and their micro-batches."""
+        batches, step = self.scorer.batches(missing, self.size.tokens), self.size.micro_batches
+        return [
+            (self.store.shard_path(pass_id, index), batches[start : start + step])
+            for index, start in enumerate(range(0, len(batches), step))
+        ]
+
+    def _shard(
+        self, path: Path, batches: list[list[Answer]], report: Callable[[int], None]
+    ) -> dict[bytes, StoredLogps] | None:
+        """The entries of one shard; None while another process computes it."""
+        keys = [answer.key for batch in batches for answer in batch]
+        stored = _stored(path, keys)
+        if stored is not None:
+            return stored
+        with self.store.claim(path) as is_ours:
+            if not is_ours:
+                return None
+            stored = _stored(path, keys)
+            if stored is None:
+                stored = {}
+                for batch in batches:
+                    stored |= self.scorer(self.examples, batch)
+                    report(len(stored))
+                self.store.write_shard(path, stored)
+                self.num_computed += len(keys)
+        return stored
 
 
-@torch.no_grad()
-def _compute_shard(
-    model: nn.Module,
-    batches: list[list[_Answer]],
-    examples: Sequence[TokenizedExample],
-    layout: Layout,
-    device: torch.device,
-    report: Callable[[int], None],
-) -> dict[bytes, StoredLogps]:
-    values: dict[bytes, StoredLogps] = {}
-    for answers in batches:
-        rows = [answer.example(examples) for answer in answers]
-        result = pair_logps(model, build_layout(rows, layout).to(device))
-        for answer, total, per_token in zip(
-            answers, result.sums.tolist(), result.per_token, strict=True
-        ):
-            values[answer.key] = StoredLogps(total, per_token.float().cpu().numpy())
-        report(len(values))
-    return values
+def _stored(path: Path, keys: list[bytes]) -> dict[bytes, StoredLogps] | None:
+    """The shard, if it is there and holds these answers."""
+    if not path.exists():
+        return None
+    stored = read_shard(path)
+    return stored if all(key in stored for key in keys) else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import FORWARD_VERSION, PolicyModel
+from preftune.reference.store import STORE_VERSION
 from preftune.schema import Completion, TokenizedExample
 
 # Fields of a model config that name or describe, and do not reach the forward.
@@ -57,6 +58,7 @@ def namespace_fields(policy: PolicyModel, *, precision: str, layout: str) -> dic
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "forward_version": FORWARD_VERSION,
+        "store_version": STORE_VERSION,
     }
 
 

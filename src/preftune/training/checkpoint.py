@@ -84,6 +84,7 @@ def snapshot(
         "num_tokens": int(state.num_tokens),
         "running": None if state.running is None else state.running.tolist(),
         "window": window,
+        "guards": state.guards.state(),
         **extra,
     }
     return Snapshot(tensors, document)
@@ -174,6 +175,8 @@ def load_checkpoint(
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
     if document.get("running") is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
+    state.guards.restore(document["guards"])
+    state.num_skipped = torch.full_like(state.num_skipped, len(state.guards.skipped_steps))
     state.window.restore(document["window"], state.bad_step.device, is_main=rank == 0)
     prefix = f"{rank}/"
     own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}

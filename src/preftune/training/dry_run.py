@@ -11,8 +11,13 @@ from torch import nn
 
 from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
-from preftune.errors import ConfigError
 from preftune.objective import Objective
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    num_positions_of,
+    rows_and_tokens,
+    training_remedies,
+)
 from preftune.training.step import TrainState
 
 
@@ -23,7 +28,8 @@ def try_heaviest(
     objective: Objective[Any],
     runtime: Runtime,
     *,
-    accumulates: bool,
+    num_micro_batches: int,
+    accumulation: int,
 ) -> None:
     """Hold at once all that a step holds: optimizer state, gradients, activations of `rows`.
 
@@ -35,58 +41,40 @@ def try_heaviest(
         batcher: of the training pairs.
         objective: of the run.
         runtime: the ranks.
-        accumulates: whether a step has several micro-batches, so that gradients of one are there
-            while the next one runs.
+        num_micro_batches: of a step; with several, the gradients of one are there while the next
+            one runs.
+        accumulation: `gradient_accumulation_steps` of the run, for what to set instead.
 
     Raises:
         ConfigError: memory does not suffice; names what to lower.
     """
     device = runtime.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
+    # An empty share is laid out as the first row: a rank without work runs it as a dummy.
+    held = list(rows) or [0]
+    layout = batcher.lay_out(held).layout
+    positions = num_positions_of(layout)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        explain_lack_of_memory(
+            "tried before the first step",
+            device,
+            lambda: (
+                f"the heaviest micro-batch of this run ({rows_and_tokens(len(held), positions)})"
+            ),
+            lambda: training_remedies(len(held), positions, accumulation),
+        ),
+    ):
+        _make_gradients(state.model)
+        runtime.optimizer_step(state.optimizer, skip=torch.ones((), device=device))
+        if num_micro_batches > 1:
             _make_gradients(state.model)
-            runtime.optimizer_step(state.optimizer, skip=torch.ones((), device=device))
-            if accumulates:
-                _make_gradients(state.model)
-            state.model.train()
-            output = objective(state.model, batcher(rows))
-            runtime.backward(output.loss_sum)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_lack_of_memory(error):
-                raise
-            problem = _explain(rows, batcher, runtime, error)
-        else:
-            state.optimizer.zero_grad(set_to_none=True)
-            return
-    raise ConfigError(problem)
+        state.model.train()
+        output = objective(state.model, batcher(rows))
+        runtime.backward(output.loss_sum)
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def _make_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
-        error
-    )
-
-
-def _explain(rows: Sequence[int], batcher: RowBatcher, runtime: Runtime, error: Exception) -> str:
-    rows = list(rows) or [0]  # as the batcher does for a rank without work
-    layout = batcher.lay_out(rows).layout
-    positions = sum(block.input_ids.numel() for block in layout.blocks)
-    what = f"{len(rows)} pairs" if len(rows) > 1 else f"the pair {batcher.examples[rows[0]].row_id}"
-    remedies = ["--gradient_checkpointing true"]
-    if len(rows) > 1:
-        remedies.insert(
-            0, f"--max_tokens_per_microbatch {positions // 2} (the steps stay the same)"
-        )
-    else:
-        remedies.append(f"--max_length below {max(batcher.examples[rows[0]].lengths)}")
-    return (
-        f"the heaviest micro-batch of this run ({what}, {positions} tokens) does not fit into the "
-        f"memory of {runtime.device}, tried before the first step: "
-        f"{str(error).strip().splitlines()[0]}. Set {', or '.join(remedies)}"
-    )

@@ -1,8 +1,8 @@
 """When to train, log, evaluate, save and stop."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,21 @@ from preftune.objective import Objective
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.tracking.tracker import Tracker
 from preftune.training.ahead import Ahead
+from preftune.training.memory import (
+    explain_lack_of_memory,
+    num_positions_of,
+    peak_memory_gib,
+    rows_and_tokens,
+    training_remedies,
+)
+from preftune.training.nonfinite import describe_fault, losses_alone
 from preftune.training.optimizer import Schedule
 from preftune.training.retention import BestCheckpoint
 from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState, train_step
 
+SHOWN_ROWS = 8
+GOES_ON = "; the same command with that goes on from the last checkpoint"
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 
@@ -53,18 +63,23 @@ class TrainingLoop:
     """Whether one could not be written on this rank."""
     settle: Callable[[], None]
     """Wait until all are on disk; raises on every rank what went wrong on any."""
+    note: Callable[[], None]
+    """Write what the state's guards have met into the run's manifest."""
     requests: SignalRequests
     """What signals ask for."""
     deadline: float | None = None
     """When to save and stop, by `time.monotonic`; None for never."""
     best: BestCheckpoint | None = None
     """The best evaluation so far; None where none is kept."""
+    on_step: Callable[[int, list[str]], None] | None = None
+    """Called after each step with its number, counted from 1, and the ids of this rank's rows."""
     _window_began: float = field(default_factory=time.perf_counter)
     _window_pairs: int = 0
     _window_tokens_before: int = 0
     _window_steps: int = 0
-    _unchecked: dict[int, Tensor] = field(default_factory=dict)
-    """Step -> tokens before it, of the steps whose finiteness has not been read yet."""
+    _unchecked: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Step -> tokens before it, and batches skipped with it, of the steps whose finiteness has not
+    been read yet."""
 
     def run(self) -> None:
         """Train until the last step.
@@ -95,18 +110,35 @@ class TrainingLoop:
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
         step = self.state.step
         num_rows = len(self.sampler.batch(step))
-        self._unchecked[step + 1] = self.state.num_tokens
-        train_step(
-            self.state,
-            [self.batcher.place(laid_out) for laid_out in micro_batches],
-            self.objective,
-            self.runtime,
-            num_rows=num_rows,
-            learning_rate=self.schedule(step),
-            max_grad_norm=self.config.max_grad_norm,
-        )
+        num_tokens = self.state.num_tokens
+        with self._explained(micro_batches):
+            train_step(
+                self.state,
+                [self.batcher.place(laid_out) for laid_out in micro_batches],
+                self.objective,
+                self.runtime,
+                num_rows=num_rows,
+                learning_rate=self.schedule(step),
+                max_grad_norm=self.config.max_grad_norm,
+                max_skipped=self.config.allowed_skips,
+            )
+        self._unchecked[step + 1] = num_tokens, self.state.num_skipped
+        if self.on_step is not None:
+            trained = [int(row) for part in micro_batches for row in part.rows[: part.num_rows]]
+            self.on_step(step + 1, [self.batcher.examples[row].row_id for row in trained])
         self._window_pairs += num_rows
         self._window_steps += 1
+
+    def _explained(self, micro_batches: Sequence[LaidOut]) -> AbstractContextManager[None]:
+        sizes = [(num_positions_of(m.layout), m.num_rows) for m in micro_batches]
+        positions, num_rows = max(sizes)
+        return explain_lack_of_memory(
+            f"in step {self.state.step + 1}",
+            self.runtime.device,
+            lambda: f"the micro-batch ({rows_and_tokens(num_rows, positions)})",
+            lambda: training_remedies(num_rows, positions, self.config.gradient_accumulation_steps),
+            then=GOES_ON,
+        )
 
     def _after_step(self, update: Update) -> None:
         step = self.state.step
@@ -170,6 +202,9 @@ class TrainingLoop:
         means = self.state.window.means(self.runtime.all_reduce)  # host sync
         means = self.objective.summary(means)
         self.state.window.clear()
+        self._warn(means)
+        if self.config.allowed_skips:
+            means["skipped_batches"] = len(self.state.guards.skipped_steps)
         num_tokens = int(self.state.num_tokens)
         seconds = time.perf_counter() - self._window_began
         record = {
@@ -205,23 +240,61 @@ class TrainingLoop:
         self._window_tokens_before = int(self.state.num_tokens)
         self._window_pairs = self._window_steps = 0
 
+    def _warn(self, means: dict[str, float]) -> None:
+        warnings = self.state.guards.look(self.state.step, means)
+        for warned in warnings:
+            self.display.say(f"warning after step {warned.step}: {warned.text}")
+        if warnings:
+            self.note()
+
     def _stop_if_diverged(self) -> None:
-        bad_step = int(self.state.bad_step)
-        if not bad_step:
-            self._unchecked.clear()
-            return
-        rows = self.sampler.batch(bad_step - 1)
-        row_ids = [self.batcher.examples[row].row_id for row in rows]
+        """Read what the device found of the steps since this was called last."""
+        counts = [num_skipped for _, num_skipped in self._unchecked.values()]
+        bad_step, *counts = torch.stack([self.state.bad_step, *counts]).tolist()  # host sync
+        self._tell_skipped(counts)
+        if bad_step:
+            self._stop_at(bad_step)
+        self._unchecked.clear()
+
+    def _tell_skipped(self, counts: list[int]) -> None:
+        skipped = self.state.guards.skipped_steps
+        new = []
+        for step, count in zip(self._unchecked, counts, strict=True):
+            if count > len(skipped) + len(new):
+                new.append(step)
+        skipped += new
+        for step in new:
+            rows = ", ".join(self.row_ids(step)[:SHOWN_ROWS])
+            self.display.say(
+                f"step {step} was skipped: its loss or gradient is not finite (its rows: {rows}; "
+                f"all of them are in run.json; {len(skipped)} skipped so far, and at most "
+                f"{self.config.allowed_skips} may be)"
+            )
+        if new:
+            self.note()
+
+    def _stop_at(self, bad_step: int) -> None:
         # No update was applied from the bad step on: what is saved is the state from before it.
-        self.state.step, self.state.num_tokens = bad_step - 1, self._unchecked[bad_step]
+        self.state.step, self.state.num_tokens = bad_step - 1, self._unchecked[bad_step][0]
         self.state.window.clear()
         self.save()
+        rows = self.sampler.batch(bad_step - 1)
+        losses = losses_alone(self.state, self.objective, self.batcher, self.runtime, rows)
+        row_ids = self.row_ids(bad_step)
+        already = ""
+        if self.config.allowed_skips:
+            already = f", after {self.config.allowed_skips} skipped ones (max_skipped_batches)"
         raise TrainingDiverged(
-            f"the loss or gradient of step {bad_step} is not finite; its rows: "
-            f"{', '.join(row_ids)}. The state from before that step is saved in "
+            f"the loss or gradient of step {bad_step} is not finite{already}; "
+            f"{describe_fault(row_ids, losses)}. Its rows: {', '.join(row_ids)}. "
+            "The state from before that step is saved in "
             f"checkpoints/step-{bad_step - 1:08d}; look at those rows, lower learning_rate "
             f"({self.config.learning_rate:g}), or set max_grad_norm"
         )
+
+    def row_ids(self, step: int) -> list[str]:
+        """Ids of the rows of a step, counted from 1."""
+        return [self.batcher.examples[row].row_id for row in self.sampler.batch(step - 1)]
 
     def _checkpoint_due(self, step: int) -> bool:
         every = self.config.checkpointing_steps
@@ -244,10 +317,3 @@ class TrainingLoop:
         if isinstance(every, float):
             every = max(1, round(every * self.num_steps))
         return step % every == 0
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: allocated on a GPU, resident of the process on a CPU; GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -43,6 +43,15 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "cache_dir",
         "save_dtype",
+        "on_nonfinite",
+        "max_skipped_batches",
+        # What a lack of memory is answered with: the same steps, to rounding. A checkpoint goes on
+        # only with as many pairs a step as it was made with.
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "per_device_eval_batch_size",
+        "max_tokens_per_microbatch",
+        "gradient_checkpointing",
     }
 )
 MAKER = "preftune"
@@ -149,6 +158,11 @@ class RunStart:
     def model_commit(self) -> str | None:
         """The commit of the model that the run here started from, if it came from a hub."""
         return (self._noted("model") or {}).get("commit")
+
+    @property
+    def reference_commit(self) -> str | None:
+        """The commit of a reference of its own, if that came from a hub."""
+        return (self._noted("reference_model") or {}).get("commit")
 
     def _chosen(self, key: str) -> Any:
         # A checkpoint may be of another folder, whose choices then go on here.

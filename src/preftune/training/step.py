@@ -1,7 +1,7 @@
 """One optimizer step, on one page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from preftune.distributed.runtime import Runtime
 from preftune.metrics import MetricSums
 from preftune.objective import GlobalBatch, Objective, gathered
 from preftune.reference.live import LiveReference
+from preftune.training.guards import Guards
 
 
 @dataclass
@@ -26,8 +27,11 @@ class TrainState:
     num_tokens: Tensor
     """Device scalar, fp64: tokens forwarded in training by all ranks so far, padding left out."""
     bad_step: Tensor
-    """Device scalar: the first step, counted from 1, whose loss or gradient was not finite; 0 while
-    there is none. From then on no update is applied, so the weights stay those from before it."""
+    """Device scalar: the step, counted from 1, whose loss or gradient was not finite when no more
+    batch may be skipped for that; 0 while there is none. From then on no update is applied, so the
+    weights stay those from before it."""
+    num_skipped: Tensor
+    """Device scalar: batches so far whose update was left out, because it was not finite."""
     window: MetricSums
     """Metrics since the last logging step."""
     running: Tensor | None = None
@@ -35,6 +39,8 @@ class TrainState:
     None for losses that keep nothing, and before the first step."""
     reference: LiveReference | None = None
     """The reference that follows the policy; None for one that stays."""
+    guards: Guards = field(default_factory=Guards)
+    """On the host: what was read of all this so far."""
 
     @classmethod
     def at_start(
@@ -47,8 +53,31 @@ class TrainState:
         """Before the first step."""
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        window = MetricSums()
-        return cls(model, optimizer, 0, num_tokens, bad_step, window, reference=reference)
+        return cls(
+            model=model,
+            optimizer=optimizer,
+            step=0,
+            num_tokens=num_tokens,
+            bad_step=bad_step,
+            num_skipped=torch.zeros_like(bad_step),
+            window=MetricSums(),
+            reference=reference,
+        )
+
+    def judge(self, finite: Tensor, max_skipped: int) -> Tensor:
+        """Count a step that is not finite; on the device, whether its update is left out.
+
+        Args:
+            finite: device flag: the step's loss and gradient are.
+            max_skipped: how many steps may be left out; the next one is the last.
+        """
+        num_skipped = self.num_skipped + ~finite
+        is_last = (self.bad_step == 0) & (num_skipped > max_skipped) & ~finite
+        this_step = torch.full_like(self.bad_step, self.step + 1)
+        self.bad_step = torch.where(is_last, this_step, self.bad_step)
+        stopped = self.bad_step > 0
+        self.num_skipped = torch.where(stopped, self.num_skipped, num_skipped)
+        return stopped | ~finite
 
 
 def train_step(
@@ -60,6 +89,7 @@ def train_step(
     num_rows: int,
     learning_rate: float,
     max_grad_norm: float | None,
+    max_skipped: int = 0,
 ) -> None:
     """Train on one global batch.
 
@@ -74,13 +104,15 @@ def train_step(
         num_rows: rows of the global batch, all ranks' together.
         learning_rate: of this step.
         max_grad_norm: clip the global L2 norm to this; None or 0 is off.
+        max_skipped: batches of the run that are left out if their loss or gradient is not finite.
+            A batch that is left out changes nothing but the counters.
     """
     state.model.train()
     batches = _global_batches(state.model, micro_batches, objective, runtime, num_rows)
 
     # ---------------------------------------------------------------- forward and backward
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    running = None
+    running, metrics = None, MetricSums()
     for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True), 1):
         with runtime.accumulate(state.model, is_last=number == len(micro_batches)):
             output = objective(state.model, micro_batch, batch=batch, running=state.running)
@@ -89,7 +121,7 @@ def train_step(
         loss_sum += output.metrics["loss"].total
         running = output.running
         for name, metric in output.metrics.items():
-            state.window.add(name, metric.total, metric.count)
+            metrics.add(name, metric.total, metric.count)
 
     # ---------------------------------------------------------------- update
     num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_rows)
@@ -97,22 +129,22 @@ def train_step(
     global_loss, global_tokens = runtime.all_reduce(totals)
     grad_norm = runtime.clip_gradients(state.model, max_grad_norm)
     finite = torch.isfinite(grad_norm) & torch.isfinite(global_loss)
-    this_step = torch.full_like(state.bad_step, state.step + 1)
-    healthy = state.bad_step == 0
-    state.bad_step = torch.where(healthy & ~finite, this_step, state.bad_step)
+    skip = state.judge(finite, max_skipped)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    runtime.optimizer_step(state.optimizer, skip=(state.bad_step > 0).float())
+    runtime.optimizer_step(state.optimizer, skip=skip.float())
     if running is not None:
         before = torch.zeros_like(running) if state.running is None else state.running
-        state.running = torch.where(state.bad_step == 0, running, before)
+        state.running = torch.where(skip, before, running)
 
-    state.window.add("grad_norm", grad_norm, 1)
+    metrics.add("grad_norm", grad_norm, 1)
+    # Where nothing may be skipped, the run stops before it logs a bad step.
+    state.window.add_all(metrics, keep=~skip if max_skipped else None)
     state.window.add("learning_rate", learning_rate, 1)
     state.step += 1
     state.num_tokens = state.num_tokens + global_tokens
     if state.reference is not None:
-        state.reference.follow(state.step, state.bad_step == 0)
+        state.reference.follow(state.step, ~skip)
 
 
 def _global_batches(

@@ -11,6 +11,12 @@ import textwrap
 import pytest
 
 import preftune.config
+from preftune.config.cache import (
+    CacheExportConfig,
+    CachePruneConfig,
+    CacheShowConfig,
+    CacheVerifyConfig,
+)
 from preftune.config.composed import sections
 from preftune.config.docs import field_docs
 from preftune.config.experiment import ExperimentConfig
@@ -20,7 +26,16 @@ from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.losses.knobs import KNOBS
 
-CONFIGS = [ExperimentConfig, InspectConfig, ScoreConfig, QuickstartConfig]
+CONFIGS = [
+    ExperimentConfig,
+    InspectConfig,
+    ScoreConfig,
+    QuickstartConfig,
+    CacheShowConfig,
+    CachePruneConfig,
+    CacheExportConfig,
+    CacheVerifyConfig,
+]
 
 
 def documented_fields(section):

@@ -28,7 +28,7 @@ def check(tmp_path, loss_type="dpo", change=None, model=None):
         examples, sums if change is None else change(sums), Layout("concatenated"), CPU
     )
     objective = PairObjective(make_loss(DPOLossType(loss_type)))
-    return check_step_zero(model or policy, objective, batcher, [0, 1, 2, 3], is_exact=True)
+    return check_step_zero(model or policy, objective, batcher, [[0, 1, 2, 3]], is_exact=True)
 
 
 def test_the_loss_starts_at_ln_2(tmp_path):
