@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from preftune import ExperimentConfig
-from preftune.training.integrity import STATE, checked_files, write_manifest
-from preftune.training.tensor_files import write_bytes
+from preftune.training.integrity import MANIFEST, STATE, checked_files, write_manifest
+from preftune.training.tensor_files import FileSum, write_bytes
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 SHAPES = {
@@ -101,6 +103,16 @@ def edit_state(checkpoint: Path, **changes: Any) -> None:
     document = json.loads((checkpoint / STATE).read_text()) | changes
     files = checked_files(checkpoint)
     files[STATE] = write_bytes(checkpoint / STATE, json.dumps(document).encode())
+    write_manifest(checkpoint, files)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Give a checkpoint that was tampered with a manifest that fits."""
+    files = {
+        path.name: FileSum(path.stat().st_size, xxhash.xxh3_128_hexdigest(path.read_bytes()))
+        for path in checkpoint.iterdir()
+        if path.name != MANIFEST
+    }
     write_manifest(checkpoint, files)
 
 

@@ -39,7 +39,7 @@ class MetricSums:
         for name, total in other._totals.items():
             count = other._counts[name]
             if keep is not None:
-                total = torch.where(keep, total, 0.0)
+                total = torch.where(keep, total, torch.zeros_like(total))
                 count = keep.double() * count
             self.add(name, total, count)
 

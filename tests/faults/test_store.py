@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from preftune.batching.layout import Layout
 from preftune.errors import CacheError
 from preftune.model.forward import PolicyModel
 from preftune.reference.build import ReferenceLogps, ShardSize, reference_logps
+from preftune.reference.fingerprints import namespace_fields, namespace_key
 from preftune.reference.store import ReferenceStore, StoredLogps, read_shard
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
@@ -75,6 +77,17 @@ def test_every_flipped_bit_of_a_plan_and_every_cut_is_told(tmp_path):
     assert store.read_plan("p") is None
     with pytest.raises(CacheError, match="damaged"):  # of other rows
         store.read_plan("q")
+
+
+def test_a_shard_without_a_checksum_is_no_shard(tmp_path):
+    """Those of the first version had none; their namespaces are others, too."""
+    path = small_store(tmp_path).shard_path("p", 0)
+    save_file(load_file(path), path)
+    with pytest.raises(CacheError, match="checksum"):
+        read_shard(path)
+    fields = namespace_fields(PolicyModel(tiny_model()), precision="fp32", layout="separate")
+    earlier = {key: value for key, value in fields.items() if key != "store_version"}
+    assert namespace_key(fields) != namespace_key(earlier)
 
 
 @pytest.mark.parametrize("length", [0, 4, 50, -1])

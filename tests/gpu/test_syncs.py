@@ -19,7 +19,8 @@ pytestmark = [
 ]
 
 
-def test_a_step_waits_for_nothing():
+@pytest.mark.parametrize("max_skipped", [0, 3], ids=["stop", "skip_batch"])
+def test_a_step_waits_for_nothing(max_skipped):
     runtime = Runtime("bf16", seed=0)
     policy = PolicyModel(tiny_model().to(runtime.device))
     layout = choose_layout(policy, "shared_prefix", "auto", 200).name
@@ -33,7 +34,7 @@ def test_a_step_waits_for_nothing():
 
     def step() -> None:
         micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
-        options = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
+        options = {"learning_rate": 1e-4, "max_grad_norm": 1.0, "max_skipped": max_skipped}
         train_step(state, micro_batches, objective, runtime, num_rows=8, **options)
 
     step()  # kernels load and buffers are made

@@ -56,3 +56,14 @@ def test_one_rank_holds_the_window_for_all_after_a_resume():
         sums.add("x", 1.0, 1)
     packed = sum(torch.tensor(list(sums.snapshot(same).values())) for sums in ranks)
     assert packed.tolist() == [[8.0, 6.0]]
+
+
+def test_a_window_that_is_not_kept_adds_neither_sums_nor_counts():
+    window, bad, good = MetricSums(), MetricSums(), MetricSums()
+    bad.add("loss", torch.tensor(float("nan")), 4)
+    good.add("loss", torch.tensor(6.0), torch.tensor(3))
+    window.add_all(bad, keep=torch.tensor(False))
+    assert window.means(lambda x: x) == {}
+    window.add_all(good, keep=torch.tensor(True))
+    window.add_all(good)
+    assert window.snapshot(lambda x: x) == {"loss": [12.0, 6.0]}

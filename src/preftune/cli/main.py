@@ -8,13 +8,14 @@ from importlib import import_module
 
 from preftune import __version__
 from preftune.errors import ConfigError, Interrupted, PreftuneError
+from preftune.redaction import redacted
 
 COMMANDS = {
     "train": "train a policy on pairs of chosen and rejected answers",
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
-    "export": "write the weights of a checkpoint as a Hugging Face model",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
+    "export": "write the weights of a checkpoint as a Hugging Face model",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",
@@ -44,19 +45,19 @@ def main(argv: Sequence[str]) -> int:
         print(f"preftune: interrupted: {error}", file=sys.stderr)
         return error.exit_code
     except PreftuneError as error:
-        print(f"preftune: error: {error}", file=sys.stderr)
+        print(f"preftune: error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         # The machine's fault: a full disk, missing rights. The file is what a person needs.
         where = f" ({error.filename})" if error.filename else ""
-        print(f"preftune: error: {error.strerror or error}{where}", file=sys.stderr)
+        print(redacted(f"preftune: error: {error.strerror or error}{where}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("preftune: interrupted", file=sys.stderr)
         return 1
     except Exception:
         # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
         return 1
 
 

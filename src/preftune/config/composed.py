@@ -1,6 +1,6 @@
 """Sections merged into one flat configuration that is right or does not exist."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -68,10 +68,14 @@ class ComposedConfig:
                 values[field.name] = _plain(value)
         return values
 
-    def to_yaml(self) -> str:
-        """`to_dict` as YAML that reads back into an equal configuration; names our version."""
+    def to_yaml(self, written: Callable[[Any], Any] = lambda value: value) -> str:
+        """`to_dict` as YAML that reads back into an equal configuration; names our version.
+
+        Args:
+            written: what to write in place of a value.
+        """
         values = {VERSION_KEY: __version__} | self.to_dict()
-        return "".join(yaml_entry(key, value) for key, value in values.items())
+        return "".join(yaml_entry(key, written(value)) for key, value in values.items())
 
     def _check_types(self) -> list[Problem]:
         reader = reader_of(type(self))

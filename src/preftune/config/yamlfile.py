@@ -14,6 +14,9 @@ from preftune.errors import ConfigError
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _DEEPEST = 4
+_MOST_VALUES = 100_000
+_CORE = "tag:yaml.org,2002:"
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,17 @@ def _compose(text: str, path: str | None = None) -> yaml.Node | None:
         place = f"{path}: "
         remedy = "; correct it there (text that holds `: ` or ` #` needs quotes)"
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _num_values(root, {}) > _MOST_VALUES:
+            raise ConfigError(
+                f"it holds more than {_MOST_VALUES} values, which aliases (*name) multiply; "
+                "write out what is meant"
+            )
+        return root
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from None
+    except RecursionError as error:
+        raise ConfigError(f"{place}not valid YAML: it is nested too deep{remedy}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         if path is not None and mark:
@@ -93,6 +106,27 @@ def _compose(text: str, path: str | None = None) -> yaml.Node | None:
     except yaml.YAMLError as error:  # characters that YAML does not allow; two lines of text
         problem = " ".join(str(error).split())
         raise ConfigError(f"{place}not valid YAML: {problem}{remedy}") from error
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values under a node, those behind an alias counted each time that it is named.
+
+    Raises:
+        ConfigError: one has a tag, which would ask for an object of Python or another program.
+    """
+    if node.tag.removeprefix(_CORE) not in _TAGS:
+        at = f"line {node.start_mark.line + 1}"
+        tag = node.tag.replace(_CORE, "!!")
+        raise ConfigError(f"{at} has the tag {tag}, which is not read; write the value alone")
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1  # while it is counted: an alias may contain itself
+        held = node.value
+        if isinstance(node, yaml.MappingNode):
+            held = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in held)
+    return known[id(node)]
 
 
 def _value(node: yaml.Node, depth: int = 0) -> Any:

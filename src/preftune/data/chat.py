@@ -1,5 +1,9 @@
 """Chat templates: the built-in ones, and what a template writes around an assistant's answer."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +37,13 @@ _CALL: Message = {
         }
     ],
 }
+
+MOST_SECONDS = 10.0
+"""A template renders a conversation in about a millisecond."""
+MOST_CHARACTERS = 50_000_000
+# What a template raises itself, and what its expressions do: overflows, depths, missing names.
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_REFUSALS += (RecursionError, MemoryError, TimeoutError)
 
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26"}
 _DATE |= {"%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"}
@@ -116,18 +127,45 @@ def render(
         TemplateRefused: the template raised an error.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,  # pyright: ignore[reportArgumentType]
-            add_generation_prompt=open_answer,
-            tokenize=False,
-            chat_template=_with_fixed_date(tokenizer.get_chat_template(tools=tools)),  # pyright: ignore
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        with _in_time():
+            text = tokenizer.apply_chat_template(
+                messages,
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                add_generation_prompt=open_answer,
+                tokenize=False,
+                chat_template=_with_fixed_date(tokenizer.get_chat_template(tools=tools)),  # pyright: ignore
+            )
+    except _REFUSALS as error:
         message = (str(error).strip().splitlines() or [""])[0]
         raise TemplateRefused(f"{type(error).__name__}: {message}") from error
     assert isinstance(text, str)
+    if len(text) > MOST_CHARACTERS:
+        raise TemplateRefused(f"it writes {len(text)} characters, more than {MOST_CHARACTERS}")
     return text
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Interrupt a template that does not end.
+
+    By a signal, so only on the main thread, and only where nobody else waits for that signal.
+    What a template does in one call, such as a very long `*`, is not interrupted.
+    """
+    watched = threading.current_thread() is threading.main_thread()
+    if not watched or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it did not end within {MOST_SECONDS:g} seconds")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _with_fixed_date(template: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,8 +28,8 @@ from preftune.model.probe import head_is_plain
 transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+PICKLED_FILES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass
@@ -68,11 +67,7 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
                 f"{key} is {name!r}: the folder has no config.json; "
                 "give a folder in the Hugging Face format, a hub id or a .gguf file"
             )
-        if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
-            raise ModelError(
-                f"{key} is {name!r}: the folder has a config.json but no weights "
-                "(*.safetensors or pytorch_model*.bin); copy them there or give another model"
-            )
+        _check_weight_files(path, key, name)
         return
     looks_local = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
     if path.is_file() and name.endswith(".gguf"):
@@ -82,6 +77,37 @@ def check_model_files(name: str, key: str = "model_name_or_path") -> None:
             f"{key} is {name!r}: no such folder or .gguf file; "
             "give a folder, a .gguf file or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
+
+
+def _check_weight_files(folder: Path, key: str, name: str) -> None:
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        pickled = [next(folder.glob(pattern), None) for pattern in PICKLED_FILES]
+        if found := next(filter(None, pickled), None):
+            raise ModelError(
+                f"{key} is {name!r}, whose weights are pickled ({found.name}): reading a pickle "
+                "may run code, so preftune does not; where you trust it, load it with transformers "
+                "and save it again with safetensors (save_pretrained does)"
+            )
+        raise ModelError(
+            f"{key} is {name!r}: the folder has a config.json but no weights (*.safetensors); "
+            "copy them there or give another model"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            outside = [file for file in files if Path(file).name != file]
+            pickled = [file for file in files if not file.endswith(".safetensors")]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(
+                f"{key} is {name!r}: {index.name} cannot be read ({type(error).__name__}: "
+                f"{error}); copy the model again"
+            ) from error
+        if outside or pickled:
+            what = "outside of the folder" if outside else "that are not safetensors"
+            raise ModelError(
+                f"{key} is {name!r}: its {index.name} names files {what} "
+                f"({(outside or pickled)[0]}); copy the model again, or save it with safetensors"
+            )
 
 
 def _is_an_adapter(key: str, name: str) -> ModelError:
@@ -110,7 +136,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code, **options
         )
-    except LOADING_ERRORS as error:
+    except Exception as error:  # whatever a library makes of a damaged or crafted file
         key = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
         raise _cannot_load("tokenizer", key, name, error) from error
 
@@ -125,9 +151,18 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     assert name is not None  # the config refuses an unset model
     path, options = _model_location(config)
     try:
-        return AutoConfig.from_pretrained(path, **options)
-    except LOADING_ERRORS as error:
+        loaded = AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # whatever a library makes of a damaged or crafted file
         raise _cannot_load("model", "model_name_or_path", name, error) from error
+    attention = str(getattr(loaded, "_attn_implementation", None) or "")
+    if "/" in attention:
+        # transformers would fetch that repository and run its code.
+        raise ModelError(
+            f"model_name_or_path is {name!r}: its config.json asks for the attention kernel "
+            f"{attention!r}, which is code of a repository; delete attn_implementation there, and "
+            "choose one with --attn_implementation"
+        )
+    return loaded
 
 
 def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
@@ -155,7 +190,7 @@ def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
         return Path(
             hf_hub_download(name, "config.json", revision=config.model_revision)
         ).parent.name
-    except LOADING_ERRORS as error:
+    except Exception as error:  # whatever a library makes of a damaged or crafted file
         raise _cannot_load("model", key, name, error) from error
 
 
@@ -186,10 +221,11 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
             path,
             config=model_config,
             dtype=DTYPES[config.dtype],
+            use_safetensors=True,  # never a pickle
             output_loading_info=True,
             **options,
         )
-    except LOADING_ERRORS as error:
+    except Exception as error:  # whatever a library makes of a damaged or crafted file
         raise _cannot_load("model", "model_name_or_path", name, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _is_an_adapter("model_name_or_path", name)

@@ -12,6 +12,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.files import fsync
 from preftune.model.load import DTYPES, LoadedModel, save_model
 from preftune.recipes.model_card import model_card
+from preftune.redaction import redacted
 
 
 def write_model_folder(
@@ -45,7 +46,7 @@ def write_model_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_model(loaded, tokenizer, temporary, dtype)
-        card = model_card(config, {**facts, "save_dtype": name})
+        card = redacted(model_card(config, {**facts, "save_dtype": name}))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)

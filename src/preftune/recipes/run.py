@@ -30,6 +30,7 @@ from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
+from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -242,6 +243,11 @@ class Run:
             policy = self.loaded.policy.model
             runtime = self.runtime
             load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
+            if state.step > self.num_steps:
+                raise CheckpointError(
+                    f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
+                    "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
+                )
             offset = document["metrics_offset"]
             found = self.checkpoints.restore_best(document.get("best"))
             if found is not None:
@@ -258,7 +264,7 @@ class Run:
             self._take_over_metrics(metrics_file, offset)
             # `resume` belongs to the command, not to the run that a copy of it would repeat.
             settings = replace(self.config, resume="auto")
-            write_atomically(folder.config, settings.to_yaml())
+            write_atomically(folder.config, settings.to_yaml(redacted_values))
         self.runtime.barrier()
         return metrics_file
 

@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 
 from preftune.errors import CacheError
 from preftune.files import replacing, write_atomically
+from preftune.redaction import redacted
 
 STORE_VERSION = 2
 """Of the files, and part of every namespace: files of another version are never met."""
@@ -75,7 +76,7 @@ class ReferenceStore:
             lock = _open_in_use(self.folder)
             weakref.finalize(self, os.close, lock)
             if not about.exists():
-                known = {"model": model, **fields}
+                known = {"model": redacted(model), **fields}
                 write_atomically(about, json.dumps(known, indent=1, sort_keys=True, default=str))
             os.utime(about)  # the time of the last use, for `cache prune`
 

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from preftune.config.logging import Progress as ProgressStyle
+from preftune.redaction import redacted
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -44,7 +45,7 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         """Print one line, kept apart from a live bar."""
         if self._style != "none":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(redacted(text), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str, start: int = 0) -> Iterator[Update]:

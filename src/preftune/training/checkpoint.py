@@ -11,7 +11,6 @@ The learning-rate schedule and the order of the data are functions of the step a
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.errors import CheckpointError
-from preftune.files import fsync
+from preftune.files import fsync, remove_tree
 from preftune.metrics import MetricState
 from preftune.model.load import named_weights
 from preftune.training.generators import restore_generators
@@ -102,7 +101,7 @@ def write_checkpoint(folder: Path, content: Snapshot) -> None:
     """
     temporary = folder.with_name(f".partial-{folder.name}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         temporary.mkdir(parents=True)
         files = {
             name: write_tensors(temporary / name, tensors)
@@ -121,7 +120,7 @@ def write_checkpoint(folder: Path, content: Snapshot) -> None:
             "to go on"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -131,17 +130,17 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
     fsync(folder.parent)
     if before is not None:
-        shutil.rmtree(before)
+        remove_tree(before, ignore_errors=False)
 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; a deletion cut off half-way leaves nothing that looks complete."""
-    shutil.rmtree(_set_aside(folder))
+    remove_tree(_set_aside(folder), ignore_errors=False)
 
 
 def _set_aside(folder: Path) -> Path:
     doomed = folder.with_name(f".deleted-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     return folder.rename(doomed)
 
 
@@ -171,16 +170,23 @@ def load_checkpoint(
         load_weights(folder, state.reference.model, "reference.safetensors")
     read("optimizer.safetensors", lambda file: _optimizer_targets(file, state, model))
     generators = read("rng.safetensors", _empty)
+    try:
+        prefix = f"{rank}/"
+        own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
+        _restore_counters(document, state, is_main=rank == 0)
+        restore_generators(own, device)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise damaged(folder, error) from error
+
+
+def _restore_counters(document: dict[str, Any], state: TrainState, *, is_main: bool) -> None:
     state.step = document["step"]
     state.num_tokens = torch.full_like(state.num_tokens, document["num_tokens"])
-    if document.get("running") is not None:
+    if document["running"] is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
     state.guards.restore(document["guards"])
     state.num_skipped = torch.full_like(state.num_skipped, len(state.guards.skipped_steps))
-    state.window.restore(document["window"], state.bad_step.device, is_main=rank == 0)
-    prefix = f"{rank}/"
-    own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
-    restore_generators(own, device)
+    state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
 
 
 def load_weights(folder: Path, model: nn.Module, name: str = "model.safetensors") -> None:
@@ -257,6 +263,12 @@ def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]
 
 def _optimizer_targets(file: TensorFile, state: TrainState, model: nn.Module) -> Tensors:
     parameters = dict(model.named_parameters())
+    # A dry step has made the optimizer's state; a new one has none yet.
+    expected = {name: tensor.shape for name, tensor in _optimizer_tensors(state, model).items()}
+    found = {name: shape for name, (_, shape) in file.tensors.items()}
+    if expected and found != expected:
+        other = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise Damaged(f"{file.path.name} has another state of {', '.join(other[:3])}")
     targets = {}
     for label, (dtype, shape) in file.tensors.items():
         key, name = label.split("/", 1)

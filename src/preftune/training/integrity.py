@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from preftune.errors import CheckpointError
+from preftune.training.checkpoint_values import check_values
 from preftune.training.tensor_files import Damaged, FileSum, read_bytes
 
 VERSION = 2
@@ -60,8 +61,8 @@ def read_document(folder: Path) -> dict[str, Any]:
     files = checked_files(folder)
     try:
         document = json.loads(read_bytes(folder / STATE, files[STATE]))
-        _ = document["step"], document["config"], document["identity"], document["metrics_offset"]
-    except (OSError, ValueError, KeyError, TypeError, Damaged) as error:
+        check_values(document)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, Damaged) as error:
         raise damaged(folder, error) from error
     return document
 

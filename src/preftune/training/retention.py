@@ -1,7 +1,6 @@
 """Which checkpoints stay on disk, and which is the best."""
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from preftune.config.checkpoint import CheckpointConfig
 from preftune.errors import CheckpointError, ConfigError
+from preftune.files import remove_tree
 from preftune.training.checkpoint import discard
 from preftune.training.run_folder import RunFolder, step_of
 
@@ -83,7 +83,7 @@ def remove_old_checkpoints(
     """
     try:
         for leftover in folder.checkpoints.glob(".*"):
-            shutil.rmtree(leftover)
+            remove_tree(leftover, ignore_errors=False)
         held = folder.list_checkpoints()
         free = [path for path in held[:-1] if step_of(path) != best_step]
         excess = set(held[:-keep]) if keep else set()

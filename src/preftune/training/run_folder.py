@@ -17,6 +17,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
 from preftune.errors import CheckpointError
 from preftune.files import refuse_if_held, write_atomically
+from preftune.redaction import redacted_values
 from preftune.training.integrity import MANIFEST, STATE, read_document
 
 # What may differ between the command that started a run and the one that goes on with it.
@@ -121,9 +122,9 @@ class RunFolder:
         """
         try:
             manifest = json.loads(self.manifest.read_text())
-            if not isinstance(manifest, dict):
+            if not isinstance(manifest, dict) or not isinstance(manifest.get("config", {}), dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.manifest} cannot be read ({error}); give another --output_dir"
             ) from error
@@ -131,7 +132,7 @@ class RunFolder:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest in one go."""
-        text = json.dumps(manifest, indent=1, default=str) + "\n"
+        text = json.dumps(redacted_values(manifest), indent=1, default=str) + "\n"
         write_atomically(self.manifest, text)
 
 
@@ -275,7 +276,7 @@ def check_writable(key: str, path: Path) -> Path:
 
 
 def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], where: str) -> None:
-    now = json.loads(json.dumps(config.to_dict(), default=str))
+    now = _as_written(config)
     keys = sorted((set(now) | set(before)) - MAY_CHANGE)
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -289,12 +290,17 @@ def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], wher
         )
 
 
+def _as_written(config: ExperimentConfig) -> dict[str, Any]:
+    """The settings as JSON gives them back, without secrets."""
+    return redacted_values(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
 def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
     """The part of the manifest that is known before anything loads."""
     return {
         "made_by": MAKER,
         "status": "running",
-        "config": json.loads(json.dumps(config.to_dict(), default=str)),
+        "config": _as_written(config),
         "command": sys.argv,
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

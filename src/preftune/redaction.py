@@ -1,0 +1,65 @@
+"""Secrets are left out of everything that is written or said: passwords, tokens, keys."""
+
+import os
+import re
+from typing import Any
+
+HIDDEN = "REDACTED"
+"""In place of a secret. A plain word, so that it is itself in YAML, JSON and Markdown."""
+
+_NAMES = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|API_KEY|ACCESS_KEY)(?:_ID|_KEY)?$",
+    re.IGNORECASE,
+)
+_SHORTEST = 8
+"""Values of variables that are shorter may well be ordinary words."""
+_FORMS = re.compile(
+    r"hf_[A-Za-z0-9]{20,}"
+    r"|sk-[A-Za-z0-9_-]{20,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}"
+    r"|glpat-[A-Za-z0-9_-]{20,}"
+    r"|xox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+)
+_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_PART_OF_URL = re.compile(
+    r"(?<=[?&])((?:access_|auth_|api_)?(?:token|key|secret|password|signature|sig))=[^&\s#]+",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a secret, or is one in this process's environment.
+
+    Known forms of tokens, users and passwords of addresses (`https://user:token@host`), their
+    parameters (`?token=...`), and the values of variables that are named like secrets.
+    """
+    for value in _secrets_of_environment():
+        text = text.replace(value, HIDDEN)
+    text = _FORMS.sub(HIDDEN, text)
+    text = _PART_OF_URL.sub(rf"\1={HIDDEN}", text)
+    return _USER_OF_URL.sub(HIDDEN, text)
+
+
+def redacted_values(value: Any) -> Any:
+    """The same for every text inside dicts and lists, keys included."""
+    match value:
+        case str():
+            return redacted(value)
+        case dict():
+            return {redacted_values(key): redacted_values(held) for key, held in value.items()}
+        case list() | tuple():
+            return [redacted_values(held) for held in value]
+        case _:
+            return value
+
+
+def _secrets_of_environment() -> list[str]:
+    found = {
+        value
+        for name, value in os.environ.items()
+        # A path says where a secret lies, and is none.
+        if _NAMES.search(name) and len(value) >= _SHORTEST and not value.startswith(("/", "."))
+    }
+    return sorted(found, key=len, reverse=True)
