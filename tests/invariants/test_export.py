@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preftune import train
 from preftune.cli.main import main
+from preftune.recipes import export as recipe
 from preftune.recipes import model_folder
-from tests.runs import tiny_config
+from tests.runs import edit_state, read_state, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,20 @@ def test_a_failed_export_leaves_nothing(root, tmp_path, capsys, monkeypatch):
     assert main(["export", checkpoint(root, 4), str(tmp_path / "new")]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_checkpoint_does_not_say_whether_code_is_trusted(root, tmp_path, monkeypatch, given):
+    shutil.copytree(checkpoint(root, 4), tmp_path / "copy")
+    config = read_state(tmp_path / "copy")["config"] | {"trust_remote_code": True}
+    edit_state(tmp_path / "copy", config=config)
+    load, asked = recipe.load_model, []
+
+    def loading(config, device):
+        asked.append(config.trust_remote_code)
+        return load(config, device)
+
+    monkeypatch.setattr(recipe, "load_model", loading)
+    words = ["--trust_remote_code", "true"] if given else []
+    assert main(["export", str(tmp_path / "copy"), str(tmp_path / "new"), *words]) == 0
+    assert asked == [given]

@@ -6,7 +6,7 @@ from preftune.cli.options import options_or_help, wants_help
 from preftune.config.export import ExportConfig
 from preftune.errors import ConfigError
 
-USAGE = "preftune export CHECKPOINT OUTPUT_DIR [--save_dtype DTYPE]"
+USAGE = "preftune export CHECKPOINT OUTPUT_DIR [--key value ...]"
 WHAT = (
     "Write the weights of a checkpoint (RUN/checkpoints/step-...) as a model in the Hugging Face "
     "format: safetensors, config, tokenizer and model card, as final/ would hold them. OUTPUT_DIR "
@@ -29,5 +29,6 @@ def run(argv: Sequence[str]) -> int:
     if config is not None:
         from preftune.recipes.export import export
 
-        print(export(places[0], places[1], config.save_dtype))
+        trusted = config.trust_remote_code
+        print(export(places[0], places[1], config.save_dtype, trust_remote_code=trusted))
     return 0

@@ -16,6 +16,10 @@ class ExportingConfig(Section):
     save_dtype: SaveDtype = "auto"
     """How the weights are stored. auto: as the model's that the run started from."""
 
+    trust_remote_code: bool = False
+    """Run code that comes with the start model. What the checkpoint says of it does not count: it
+    may be of another's making."""
+
 
 @dataclass(kw_only=True)
 class ExportConfig(ComposedConfig, ExportingConfig):

@@ -16,7 +16,9 @@ from preftune.training.integrity import MANIFEST, STATE, read_document
 from preftune.training.run_folder import check_writable
 
 
-def export(checkpoint: str, output_dir: str, save_dtype: SaveDtype) -> str:
+def export(
+    checkpoint: str, output_dir: str, save_dtype: SaveDtype, *, trust_remote_code: bool = False
+) -> str:
     """Write a checkpoint's weights as `final/` would hold them.
 
     Architecture and tokenizer are those of the model that the run started from, which must still
@@ -26,6 +28,7 @@ def export(checkpoint: str, output_dir: str, save_dtype: SaveDtype) -> str:
         checkpoint: a folder such as RUN/checkpoints/step-00000100.
         output_dir: a folder that does not exist yet.
         save_dtype: of the weights; auto is the start model's.
+        trust_remote_code: run code that comes with the start model.
 
     Returns:
         A sentence for people.
@@ -45,7 +48,9 @@ def export(checkpoint: str, output_dir: str, save_dtype: SaveDtype) -> str:
     document = read_document(source)
     facts = document["facts"]
     config = ExperimentConfig(**document["config"])
-    config = replace(config, model_revision=facts["model_commit"])
+    config = replace(
+        config, model_revision=facts["model_commit"], trust_remote_code=trust_remote_code
+    )
     tokenizer = prepare_tokenizer(config)
     loaded = load_model(config, torch.device("cpu"))
     load_weights(source, loaded.policy.model)
