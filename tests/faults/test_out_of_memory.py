@@ -20,6 +20,7 @@ CHILD = textwrap.dedent(
     import json, resource, sys
     from pathlib import Path
 
+    import preftune.recipes.reference as reference
     import preftune.recipes.run as run
     import preftune.recipes.score as scoring
     import preftune.training.loop as loop
@@ -55,7 +56,7 @@ CHILD = textwrap.dedent(
     def start(**changes):
         return lambda: train(ExperimentConfig(**settings | changes))
 
-    attempt("reference", run, "reference_logps", start())
+    attempt("reference", reference, "reference_logps", start())
     attempt("evaluation", run, "evaluate_pairs", start())
     attempt("training", loop, "train_step", start())  # goes on after step 1
     attempt("score", scoring, "answer_logps", lambda: scoring.score(ScoreConfig(**scored)))
