@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.errors import CheckpointError, TrainingDiverged
 from preftune.model.forward import PolicyModel
-from tests.runs import read_metrics, tiny_config, tiny_settings, train_on_two_ranks
+from tests.runs import (
+    read_metrics,
+    reseal,
+    tiny_config,
+    tiny_settings,
+    train_on_two_ranks,
+)
 from tests.tiny import make_pairs, write_jsonl
 
 SYNC = {"sync_reference": True}
@@ -156,6 +162,7 @@ def test_a_reference_that_is_not_restored_is_noticed(straight, tmp_path):
     checkpoint = stop_after(straight, 3, tmp_path / "run")
     initial = straight / "run" / "checkpoints" / "step-00000001" / "reference.safetensors"
     shutil.copyfile(initial, checkpoint / "reference.safetensors")
+    reseal(checkpoint)
     run(straight, tmp_path / "run", **RESUMED)
     assert not same_run(straight / "run", tmp_path / "run")
 

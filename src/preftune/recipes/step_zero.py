@@ -22,6 +22,7 @@ from preftune.errors import CacheError
 from preftune.model.forward import pair_logps
 from preftune.model.rope import forget_earlier_calls
 from preftune.objective import Objective
+from preftune.reference.agreement import tolerance
 from preftune.schema import TokenizedExample
 
 PLAIN_TOKENS = 512
@@ -178,18 +179,18 @@ def _check_plain(
                     f"it has {len(tokens)}: tokens of the prompt count, or some of the answer do "
                     "not. The fault is preftune's: please report it"
                 )
-            tolerance = _plain_tolerance(tokens, is_exact)
+            allowed = _plain_tolerance(tokens, is_exact)
             pairs = [("policy", sums[number], float(tokens.sum()))]
             if stored is not None:
                 own = float(tokens @ torch.tensor(weights[number], dtype=torch.float64))
                 pairs.append(("reference", stored[number], own))
             for who, value, expected in pairs:
                 # Not `>`: a value that is no number must not pass.
-                if not abs(value - expected) <= tolerance:
+                if not abs(value - expected) <= allowed:
                     raise CacheError(
                         f"before the first step the {who} gives {where} a log-prob of "
                         f"{value:.6f}, and the model as it was loaded, with its adapters, "
-                        f"{expected:.6f}; they must agree to {tolerance:.2g}. {_remedy(batcher)}"
+                        f"{expected:.6f}; they must agree to {allowed:.2g}. {_remedy(batcher)}"
                     )
 
 
@@ -197,16 +198,16 @@ def _check_sides(
     objective: Objective[Any], logps: Any, batcher: RowBatcher, rows: Sequence[int], is_exact: bool
 ) -> None:
     for side, (policy, reference, lengths) in objective.sides(logps).items():
-        tolerance = _tolerance(lengths.double(), reference, is_exact)
+        allowed = tolerance(lengths.double(), reference, is_exact)
         # A value that is no number exceeds every tolerance.
-        excess = ((policy - reference).abs() - tolerance).nan_to_num(nan=math.inf)
+        excess = ((policy - reference).abs() - allowed).nan_to_num(nan=math.inf)
         worst = int(excess.argmax())
         if excess[worst] > 0:
             raise CacheError(
                 f"before the first step the policy gives the {side} answer of "
                 f"{batcher.examples[rows[worst]].row_id} a log-prob of {float(policy[worst]):.6f}, "
                 f"the reference {float(reference[worst]):.6f}; they must agree to "
-                f"{float(tolerance[worst]):.2g}. {_remedy(batcher)}"
+                f"{float(allowed[worst]):.2g}. {_remedy(batcher)}"
             )
 
 
@@ -228,12 +229,6 @@ def _remedy(batcher: RowBatcher) -> str:
         "The store does not belong to this model: delete its folder under cache_dir/reference, "
         "or give another --cache_dir"
     )
-
-
-def _tolerance(lengths: Tensor, logps: Tensor, is_exact: bool) -> Tensor:
-    if is_exact:
-        return 1e-5 * lengths.sqrt() + 1e-6 * logps.abs()
-    return 0.1 * lengths.sqrt()
 
 
 def _plain_tolerance(tokens: Tensor, is_exact: bool) -> float:
