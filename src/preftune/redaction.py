@@ -35,24 +35,33 @@ def redacted(text: str) -> str:
     Known forms of tokens, users and passwords of addresses (`https://user:token@host`), their
     parameters (`?token=...`), and the values of variables that are named like secrets.
     """
-    for value in _secrets_of_environment():
-        text = text.replace(value, HIDDEN)
-    text = _FORMS.sub(HIDDEN, text)
-    text = _PART_OF_URL.sub(rf"\1={HIDDEN}", text)
-    return _USER_OF_URL.sub(HIDDEN, text)
+    return redacted_values(text)
 
 
 def redacted_values(value: Any) -> Any:
     """The same for every text inside dicts and lists, keys included."""
-    match value:
-        case str():
-            return redacted(value)
-        case dict():
-            return {redacted_values(key): redacted_values(held) for key, held in value.items()}
-        case list() | tuple():
-            return [redacted_values(held) for held in value]
-        case _:
-            return value
+    secrets = _secrets_of_environment()
+
+    def without(held: Any) -> Any:
+        match held:
+            case str():
+                return _without(held, secrets)
+            case dict():
+                return {without(key): without(part) for key, part in held.items()}
+            case list() | tuple():
+                return [without(part) for part in held]
+            case _:
+                return held
+
+    return without(value)
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    text = _FORMS.sub(HIDDEN, text)
+    text = _PART_OF_URL.sub(rf"\1={HIDDEN}", text)
+    return _USER_OF_URL.sub(HIDDEN, text)
 
 
 def _secrets_of_environment() -> list[str]:

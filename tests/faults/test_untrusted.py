@@ -423,7 +423,10 @@ def test_links_in_a_run_lead_nothing_outside_to_harm(trained, checkpoint, tmp_pa
     (checkpoint.parent / "step-00000001").symlink_to(kept)
     (checkpoint.parent / ".deleted-step-00000003").symlink_to(kept)
     (checkpoint.parent / ".partial-step-00000006").symlink_to(kept)
+    (run / "final").symlink_to(kept)
+    (run / ".partial-final").symlink_to(kept)
     assert main([*going_on(trained, run), "--keep_last_n_checkpoints", "1"]) in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
     assert (kept / "precious").read_text() == "precious"
     assert (kept / "state.json").read_text() == "{}"
+    assert len(list(kept.iterdir())) == 2

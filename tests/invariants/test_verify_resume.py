@@ -11,7 +11,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def verify(root, **options) -> int:
-    words = arguments(tiny_settings(root, **options) | {"verify_steps": 6, "verify_stop_after": 3})
+    lengths = {"verify_steps": 6, "verify_stop_after": 3}
+    words = arguments(tiny_settings(root, **lengths | options))
     return main(["verify-resume", *words])
 
 
@@ -23,6 +24,10 @@ def test_a_run_that_resumes_is_said_to(tmp_path, capsys):
     assert "bit for bit" in out
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"model", "pairs.jsonl", "cache"}
+
+
+def test_a_limit_of_space_does_not_take_the_checkpoint_to_resume_from(tmp_path):
+    assert verify(tmp_path, verify_stop_after=2, checkpoint_max_gb=1e-6) == 0
 
 
 def test_optimizer_state_that_is_lost_is_seen(tmp_path, capsys, monkeypatch):

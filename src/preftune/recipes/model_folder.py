@@ -1,6 +1,5 @@
 """A trained model in the Hugging Face format: written whole or not at all."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.experiment import ExperimentConfig
-from preftune.files import fsync
+from preftune.files import fsync, remove_tree
 from preftune.model.load import DTYPES, LoadedModel, save_model
 from preftune.recipes.model_card import model_card
 from preftune.redaction import redacted
@@ -43,18 +42,18 @@ def write_model_folder(
     dtype = loaded.source_dtype if save_dtype == "auto" else DTYPES[save_dtype]
     name = str(dtype).removeprefix("torch.")
     temporary = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_tree(temporary)
     try:
         save_model(loaded, tokenizer, temporary, dtype)
         card = redacted(model_card(config, {**facts, "save_dtype": name}))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         temporary.rename(folder)
         fsync(folder.parent)
     except SafetensorError as error:  # its name for a full disk, too
         raise OSError(str(error)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
     return name

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from preftune.config.verifying import VerifyResumeConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
+from preftune.files import remove_tree
 from preftune.recipes.dpo import train
 from preftune.training.run_folder import RunFolder
 
@@ -80,6 +80,7 @@ def verify_resume(config: VerifyResumeConfig) -> ResumeReport:
         logging_steps=1,
         checkpointing_steps=config.stop_after,
         keep_last_n_checkpoints=None,
+        checkpoint_max_gb=None,  # the checkpoint to resume from must stay
         report_to=None,
         max_run_time=None,
     )
@@ -91,7 +92,7 @@ def verify_resume(config: VerifyResumeConfig) -> ResumeReport:
 
     def compare() -> ResumeReport:
         report = _compare(config, *runs.values())
-        shutil.rmtree(root, ignore_errors=True)
+        remove_tree(root)
         return report
 
     return Runtime("fp32", config.seed).decide(compare)

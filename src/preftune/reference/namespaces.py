@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from preftune.errors import ConfigError
+from preftune.files import remove_tree
 from preftune.reference.store import LOCK, STORE_VERSION, shards_in
 
 _REMOVED = ".removed-"
@@ -106,7 +106,7 @@ def remove_namespace(namespace: Namespace) -> str | None:
             # In one go, so that nobody meets half of it.
             gone = namespace.folder.with_name(f"{_REMOVED}{secrets.token_hex(6)}")
             namespace.folder.rename(gone)
-            shutil.rmtree(gone)
+            remove_tree(gone, ignore_errors=False)
     return reason
 
 
@@ -115,7 +115,7 @@ def remove_leftovers(cache_dir: Path) -> int:
     leftovers = list((cache_dir / "reference").glob(f"{_REMOVED}*"))
     freed = sum(map(_num_bytes, leftovers))
     for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     return freed
 
 

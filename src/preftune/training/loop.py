@@ -130,13 +130,17 @@ class TrainingLoop:
         self._window_steps += 1
 
     def _explained(self, micro_batches: Sequence[LaidOut]) -> AbstractContextManager[None]:
-        sizes = [(num_positions_of(m.layout), m.num_rows) for m in micro_batches]
-        positions, num_rows = max(sizes)
+        def heaviest() -> tuple[int, int]:
+            sizes = [(num_positions_of(m.layout), m.num_rows) for m in micro_batches]
+            positions, num_rows = max(sizes)
+            return num_rows, positions
+
+        accumulation = self.config.gradient_accumulation_steps
         return explain_lack_of_memory(
             f"in step {self.state.step + 1}",
             self.runtime.device,
-            lambda: f"the micro-batch ({rows_and_tokens(num_rows, positions)})",
-            lambda: training_remedies(num_rows, positions, self.config.gradient_accumulation_steps),
+            lambda: f"the micro-batch ({rows_and_tokens(*heaviest())})",
+            lambda: training_remedies(*heaviest(), accumulation),
             then=GOES_ON,
         )
 
