@@ -1,7 +1,6 @@
 """The only importer of Accelerate: devices, ranks, precision, gradient sync, clipping."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -18,7 +17,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from preftune.errors import ConfigError, PreftuneError
+from preftune.distributed.ranks import Ranks
+from preftune.errors import ConfigError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -59,7 +59,7 @@ def leave_process_group() -> None:
         state.destroy_process_group()
 
 
-class Runtime:
+class Runtime(Ranks):
     """One process among its peers.
 
     Gradients: engines average over ranks. The step scales each rank's sum by `world_size`, so that
@@ -76,7 +76,7 @@ class Runtime:
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            # Rank 0 scores the reference alone, which may take longer than the default allows.
+            # One rank tokenises for the others, which may take longer than the default allows.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
@@ -159,10 +159,6 @@ class Runtime:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def gather(self, value: T) -> list[T]:
-        """The value of each rank, by rank, on every rank; for small things off the device."""
-        return [value] if self.world_size == 1 else gather_object([value])
-
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set on some rank: one decision for all. Waits, on several ranks."""
         if self.world_size == 1:
@@ -170,30 +166,24 @@ class Runtime:
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
         return tuple(count > 0 for count in self.all_reduce(counts).tolist())
 
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` returns on rank 0, on every rank; what it raises there, all raise.
-
-        For choices by measurement, which ranks alone could make differently.
-        """
-        if self.world_size == 1:
-            return choose()
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = choose()
-            except PreftuneError as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
     def barrier(self) -> None:
         """Wait for every rank."""
         self._accelerator.wait_for_everyone()
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes first; the others wait and find what it made."""
-        with self._accelerator.main_process_first():
-            yield
+    # ---------------------------------------------------------------- see `Ranks`
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank; for small things off the device."""
+        return [value] if self.world_size == 1 else gather_object([value])
+
+    def send(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        (value,) = broadcast_object_list([value])
+        return value
+
+    @property
+    def forwards_together(self) -> bool:
+        """Whether ranks wait for each other within a forward, so that none may leave it alone."""
+        return False
