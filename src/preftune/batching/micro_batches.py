@@ -135,7 +135,7 @@ class MicroBatching:
         Returns:
             Lists of row indices, in forward order.
         """
-        # With a budget a micro-batch holds any number of rows; without one, `rows` bounds its memory.
+        # Without a budget, `rows` bounds micro-batches, and a share may need no more of them.
         most_rows = -(-len(batch) // world_size) if self.max_tokens is None else None
         dealt = deal(batch, self.sizes, self.layout, world_size, most_rows)
         shares = [self._cut(share) for share in dealt]

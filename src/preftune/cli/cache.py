@@ -63,9 +63,12 @@ def build(argv: Sequence[str]) -> str | None:
     config = options_or_help(ExperimentConfig, argv, USAGES["build"], WHAT["build"])
     if config is None:
         return None
+    from preftune.distributed.runtime import leave_process_group
     from preftune.recipes import cache
 
-    return cache.build(config)
+    said = cache.build(config)
+    leave_process_group()
+    return said
 
 
 def show(argv: Sequence[str]) -> str | None:

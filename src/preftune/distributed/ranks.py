@@ -32,6 +32,9 @@ class Ranks:
     A subclass says who this process is, and how values travel (`gather`, `send`).
     """
 
+    forwards_together: bool = False
+    """Whether ranks wait for each other within a forward, so that none may leave one alone."""
+
     @property
     def rank(self) -> int:
         """This process, from 0."""
@@ -158,6 +161,10 @@ class Ranks:
             # Not foreseen: the traceback is what a report needs.
             text = traceback.format_exc().rstrip()
             return None, _Failure(PreftuneError, [text], self.host), error
+
+
+ALONE = Ranks()
+"""Of a process without peers."""
 
 
 def _some(ranks: list[str]) -> str:

@@ -197,8 +197,3 @@ class Runtime(Ranks):
             return value
         (value,) = broadcast_object_list([value])
         return value
-
-    @property
-    def forwards_together(self) -> bool:
-        """Whether ranks wait for each other within a forward, so that none may leave it alone."""
-        return False
