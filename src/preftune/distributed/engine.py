@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -67,6 +68,10 @@ class Engine(ABC):
     @abstractmethod
     def drop_gradients(self) -> None:
         """Forget what `backward` has added."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer of the model, put together from all ranks, on every rank."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the next update."""

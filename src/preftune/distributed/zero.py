@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preftune.config.distributed import DistributedConfig
+from preftune.config.distributed import LARGEST_STAGE, DistributedConfig
 from preftune.distributed.engine import Engine, MakeOptimizer
 
 
@@ -54,6 +54,19 @@ class ZeroEngine(Engine):
                 config=deepspeed_config(config, max_grad_norm, device),
                 dist_init_required=False,
             )
+        if self._stage:
+            self._take_over_norms()
+
+    def _take_over_norms(self) -> None:
+        """Let DeepSpeed's update read the norm that is known by then."""
+        optimizer = self.optimizer
+        if self._stage == LARGEST_STAGE:
+            self._norms = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._norm]
+        else:
+            norm = optimizer.scaled_global_norm
+            self._norms = lambda: [torch.as_tensor(norm())]
+            optimizer.scaled_global_norm = lambda: self._norm
 
     @contextmanager
     def accumulate(self, *, is_last: bool) -> Iterator[None]:
@@ -69,12 +82,9 @@ class ZeroEngine(Engine):
         """The gradients' norm; from stage 1 on DeepSpeed clips them in its update."""
         if self._stage == 0:
             return nn.utils.clip_grad_norm_(list(self.model.parameters()), self._max_norm)
-        optimizer = self.optimizer
-        if hasattr(optimizer, "_get_norm_groups"):
-            self._norm = torch.linalg.vector_norm(torch.stack(optimizer._get_norm_groups()))
-        else:
-            self._norm = optimizer.scaled_global_norm()
-        self._norm = torch.as_tensor(self._norm, dtype=torch.float32, device=self.model.device)
+        norms = torch.stack(self._norms()).to(self.model.device)
+        # DeepSpeed's word for a norm that is not finite is -1.
+        self._norm = torch.linalg.vector_norm(torch.where(norms < 0, float("inf"), norms))
         return self._norm
 
     def update(self, *, skip: Tensor) -> None:
@@ -84,12 +94,19 @@ class ZeroEngine(Engine):
         else:
             # DeepSpeed would compute the norm again, and leaves out an update whose norm is not
             # finite, after which its state is as after any other.
-            norm = torch.where(skip > 0, torch.full_like(self._norm, float("inf")), self._norm)
-            self.optimizer.scaled_global_norm = lambda: norm
-            self.optimizer._get_norm_groups = lambda: [norm]
+            self._norm = torch.where(skip > 0, float("inf"), self._norm)
         self.model.set_gradient_accumulation_boundary(True)
         with _quiet():
             self.model.step()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer of the model, put together from all ranks, on every rank."""
+        if self._stage < LARGEST_STAGE or not hasattr(tensor, "ds_tensor"):
+            return tensor.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(tensor):
+            return tensor.detach().clone()
 
     def make_state(self, *, with_gradients: bool) -> None:
         """DeepSpeed has made gradient buffers at its start; PyTorch's moments come with a step."""
@@ -135,10 +152,13 @@ def deepspeed_config(
 
 def _deepspeed(device: torch.device) -> Any:
     """The package, for the device in use."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that nothing launched
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     with _quiet():
         import deepspeed
+    # Collectives in shared memory, for which it would call a compiler first; gloo does them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
