@@ -63,12 +63,13 @@ def build(argv: Sequence[str]) -> str | None:
     config = options_or_help(ExperimentConfig, argv, USAGES["build"], WHAT["build"])
     if config is None:
         return None
-    from preftune.distributed.runtime import leave_process_group
+    from preftune.distributed.runtime import is_main_process, leave_process_group
     from preftune.recipes import cache
 
     said = cache.build(config)
+    speaks = is_main_process()
     leave_process_group()
-    return said
+    return said if speaks else None
 
 
 def show(argv: Sequence[str]) -> str | None:

@@ -17,7 +17,11 @@ def run(argv: Sequence[str]) -> int:
     """
     config = options_or_help(ScoreConfig, argv, USAGE, WHAT)
     if config is not None:
+        from preftune.distributed.runtime import is_main_process, leave_process_group
         from preftune.recipes.score import score
 
-        print(score(config))
+        summary = score(config)
+        if is_main_process():
+            print(summary)
+        leave_process_group()
     return 0

@@ -50,6 +50,11 @@ def multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
 
 
+def is_main_process() -> bool:
+    """Whether this process, once its runtime was made, is the one that speaks."""
+    return PartialState().is_main_process
+
+
 def leave_process_group() -> None:
     """End the process group, if there is one; this process cannot train again.
 

@@ -36,14 +36,14 @@ LISTED = 20
 """Most answers that a message names."""
 
 
-def build(config: ExperimentConfig) -> str | None:
+def build(config: ExperimentConfig) -> str:
     """Compute the reference log-probs that a run would compute first; train nothing.
 
     Args:
         config: of the run.
 
     Returns:
-        What was computed and where it is, for people; None on ranks that do not speak.
+        What was computed and where it is, for people.
 
     Raises:
         PreftuneError: what would stop the run before its first step.
@@ -57,8 +57,6 @@ def build(config: ExperimentConfig) -> str | None:
             f"{stage_name(label)}: {number} answers, {values.num_computed} computed, "
             f"{values.num_reused} reused"
         )
-    if not reference.runtime.is_main:
-        return None
     return "\n".join([*lines, f"log-probs are in {reference.store.folder}"])
 
 
@@ -96,7 +94,7 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
         lambda: load_experiment_pairs(pinned, tokenizer, display),
         is_leader=cache.leads(runtime.rank),
     )
-    agree_on_data(pairs, runtime)
+    agree_on_data(pairs.by_use, runtime)
     display.say(f"loading {config.model_name_or_path}")
     policy = runtime.together(lambda: load_model(pinned, runtime.device)).policy
     layout = runtime.decide(

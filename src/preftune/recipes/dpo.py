@@ -102,7 +102,7 @@ def _train(
         lambda: load_experiment_pairs(pinned, tokenizer, display),
         is_leader=cache.leads(runtime.rank),
     )
-    agree_on_data(pairs, runtime)
+    agree_on_data(pairs.by_use, runtime)
     for sentence in over_budget(config, pairs.train):
         display.say(sentence)
     sampler = PairSampler(

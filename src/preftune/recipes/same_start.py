@@ -11,10 +11,10 @@ import xxhash
 import preftune
 from preftune.config.composed import ComposedConfig
 from preftune.config.experiment import ExperimentConfig
+from preftune.data.pairs import PairDataset
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
-from preftune.recipes.pairs import Pairs
 from preftune.redaction import redacted_values
 from preftune.training.run_folder import RunStart
 
@@ -64,21 +64,24 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def agree_on_data(pairs: Pairs, runtime: Runtime) -> None:
+def agree_on_data(datasets: Mapping[str, PairDataset], runtime: Runtime) -> None:
     """See that all ranks read the same rows.
+
+    Args:
+        datasets: by what they are for.
+        runtime: the ranks.
 
     Raises:
         ConfigError: they do not; on every rank.
     """
     if runtime.world_size == 1:
         return
-    sets = {"": pairs.train, **{f" held out {label}": d for label, d in pairs.held_out.items()}}
     runtime.agree(
         {
-            f"the data{label.rstrip()} ({dataset.name}: rows and hash)": (
-                f"{len(dataset.examples)} rows, {dataset.examples.fingerprint()}"
+            f"the data {label} ({dataset.name})": (
+                f"{len(dataset.examples)} rows with hash {dataset.examples.fingerprint()}"
             )
-            for label, dataset in sets.items()
+            for label, dataset in datasets.items()
         },
         "give all hosts the same files",
     )
