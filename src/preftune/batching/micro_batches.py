@@ -140,7 +140,11 @@ class MicroBatching:
         dealt = deal(batch, self.sizes, self.layout, world_size, most_rows)
         shares = [self._cut(share) for share in dealt]
         most = max(len(share) for share in shares)
-        return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
+        own = shares[rank]
+        if world_size > 1:
+            # Heavy with heavy, light with light: some engines wait for all ranks in each forward.
+            own = sorted(own, key=lambda r: -num_positions(r, self.sizes, self.layout))
+        return own + [[] for _ in range(most - len(own))]
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
         if self.max_tokens is None:

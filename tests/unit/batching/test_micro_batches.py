@@ -60,6 +60,8 @@ def test_a_budget_holds_and_ranks_differ_by_one_row_at_most(sizes, layout, budge
     for share in shares:
         for mb in share:
             assert len(mb) <= 1 or num_positions(mb, sizes, layout) <= budget
+        positions = [num_positions(mb, sizes, layout) for mb in share]
+        assert world == 1 or positions == sorted(positions, reverse=True)
     alone = [num_positions([row], sizes, layout) for row in batch]
     loads = [sum(alone[r] for mb in share for r in mb) for share in shares]
     assert max(loads) - min(loads) <= max(alone)
