@@ -210,14 +210,17 @@ sys.exit(code)
 
 
 def test_the_command_says_it_once_and_all_ranks_exit_alike(tmp_path):
-    settings = two_hosts(tmp_path) | {"dataset_name": "missing.jsonl"}
+    """The config file is on one host only."""
+    config = ExperimentConfig(**two_hosts(tmp_path))
+    (tmp_path / "host0" / "run.yaml").write_text(config.to_yaml())
     began = time.monotonic()
-    result = launch_two(COMMAND, str(tmp_path), "", "train", *arguments(settings))
+    result = launch_two(COMMAND, str(tmp_path), "", "train", "run.yaml")
     assert time.monotonic() - began < 60
     assert result.returncode != 0
     assert [(tmp_path / host / "code").read_text() for host in ("host0", "host1")] == ["2", "2"]
     assert result.stderr.count("preftune: error: ") == 1
     assert "preftune: error: on rank 1 of 2 (host " in result.stderr
+    assert "run.yaml" in result.stderr
     assert result.stderr.count("Traceback") == 1  # torchrun's own
 
 

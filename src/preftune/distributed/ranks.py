@@ -105,6 +105,14 @@ class Ranks:
             raise self._shared(first.kind(problems)) from error
         return value  # pyright: ignore[reportReturnType]  # nothing failed
 
+    def meet(self) -> None:
+        """See that every rank has come so far: the first thing that ranks do together.
+
+        Raises:
+            PreftuneError: on every rank, with what one has found wrong before.
+        """
+        self.together(lambda: None)
+
     def leaders_first(self, work: Callable[[], T], *, is_leader: bool) -> T:
         """Do `work` on the leaders, then on the others, who find what those made."""
         if self.world_size == 1:

@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, NoReturn, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
 from preftune.distributed.fsdp import FSDPEngine
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.zero import ZeroEngine
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, PreftuneError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -65,6 +65,22 @@ def leave_process_group() -> None:
     if state.num_processes > 1:
         state.wait_for_everyone()
         state.destroy_process_group()
+
+
+def tell_peers(error: PreftuneError) -> NoReturn:
+    """End all ranks with what is wrong on this one alone, before it has made its runtime.
+
+    The others meet it with the first thing that they do together (`Ranks.meet`).
+
+    Raises:
+        PreftuneError: on every rank.
+    """
+
+    def fail() -> NoReturn:
+        raise error
+
+    Runtime("fp32", seed=0).together(fail)
+    raise error  # alone after all
 
 
 class Runtime(Ranks):
@@ -185,10 +201,6 @@ class Runtime(Ranks):
             return flags
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
         return tuple(count > 0 for count in self.all_reduce(counts).tolist())
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self._accelerator.wait_for_everyone()
 
     # ---------------------------------------------------------------- see `Ranks`
 

@@ -30,6 +30,7 @@ def agree_on_start(config: ComposedConfig, runtime: Runtime) -> None:
     """
     if runtime.world_size == 1:
         return
+    runtime.meet()
     runtime.agree(
         {
             "the version of preftune": preftune.__version__,
