@@ -66,6 +66,12 @@ class ExperimentConfig(
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
         found += self._best_metric_problems()
+        if self.sync_reference and self.shards:
+            message = (
+                f"the live reference is a whole copy on each device, and {self.engine} cuts the "
+                "model over them: leave out zero_stage and fsdp"
+            )
+            found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
         if self.has_eval_data:
             return found
         settings = {

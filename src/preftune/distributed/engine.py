@@ -93,12 +93,13 @@ class Engine(ABC):
             weights: as in `weight_parts`.
         """
 
+    @abstractmethod
     def put_back(self, weights: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
         """Take over parts that `weight_parts` and `moment_parts` gave and that were filled since.
 
         Args:
             weights: as in `weight_parts`.
-            parts: of some of them; those of PyTorch's engines are the state itself.
+            parts: of some of them.
         """
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -170,6 +171,9 @@ class TorchEngine(Engine):
             for key, value in self.optimizer.state.get(tensor, {}).items()
             if isinstance(value, Tensor)
         }
+
+    def put_back(self, weights: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
+        """Nothing: the parts are the state itself."""
 
     def drop_gradients(self) -> None:
         """Forget what `backward` has added."""

@@ -66,8 +66,9 @@ class FSDPEngine(TorchEngine):
         }
         for layer in repeated_layers(model):
             fully_shard(layer, **options)
-        # Its weights are wanted again at once: the head's, at the start of the backward.
-        fully_shard(model, **{**options, "reshard_after_forward": False})
+        # PyTorch would leave the outermost one's weights gathered after a forward, and the module
+        # would show those in place of the parts that the optimizer and checkpoints know.
+        fully_shard(model, **{**options, "reshard_after_forward": True})
         super().__init__(config.engine, model, make_optimizer(model), max_grad_norm)
 
     def clip_gradients(self) -> Tensor:

@@ -40,7 +40,7 @@ def cut(tensor: Tensor, rank: int, num_ranks: int) -> Part:
 
 
 def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> range:
-    """Rows that a rank gets when a tensor is cut as PyTorch cuts: all but the last get equally many.
+    """Rows that a rank gets of a tensor, cut as PyTorch cuts: equally many but for the last ones.
 
     Args:
         num_rows: of the whole tensor.

@@ -145,6 +145,7 @@ class Runtime(Ranks):
             config: which engine, and how.
             max_grad_norm: longest gradient; None or 0 is off.
         """
+        self.forwards_together = config.shards_weights
         if config.zero_stage is not None:
             self._need_process_group()
             self.prepare_for_inference(model)  # gives the module itself its precision

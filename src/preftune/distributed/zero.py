@@ -116,18 +116,19 @@ class ZeroEngine(Engine):
         """A skipped update makes the optimizer's state; gradients have had buffers all along."""
         inner = self._inner
         inner.found_inf, inner.grad_scale = torch.ones((), device=self._flat[0].device), None
-        if self._stage == 0:
-            for parameter in self._flat:
-                parameter.grad = torch.zeros_like(parameter)
-            inner.step()
-            inner.zero_grad(set_to_none=True)
-        else:
-            for number, flat in enumerate(self._flat):
-                before, flat.grad = flat.grad, torch.zeros_like(flat)
+        buffers = [flat.grad for flat in self._flat]
+        for flat in self._flat:
+            flat.grad = torch.zeros_like(flat)
+        if self._stage == LARGEST_STAGE:
+            for number in range(len(self._flat)):
                 self.optimizer._optimizer_step(number)
-                flat.grad = before
+        else:
+            inner.step()
+        for flat, buffer in zip(self._flat, buffers, strict=True):
+            flat.grad = buffer
         del inner.found_inf, inner.grad_scale
         if self._stage in (1, 2):
+            # DeepSpeed links parameters to this state after the first of its groups has one.
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
@@ -149,7 +150,7 @@ class ZeroEngine(Engine):
                 elif value.ndim == 0:  # the number of steps, the same for all
                     whole = value
                 else:
-                    whole = safe_get_full_optimizer_state(tensor, key)
+                    whole: Any = safe_get_full_optimizer_state(tensor, key)
                 parts[f"{key}/{name}"] = self._cut(whole)
         return parts
 
@@ -170,7 +171,7 @@ class ZeroEngine(Engine):
             self.optimizer.refresh_fp32_params()
 
     @torch.no_grad()
-    def _set_weight(self, tensor: Tensor, value: Tensor) -> None:
+    def _set_weight(self, tensor: Any, value: Tensor) -> None:
         if self._stage < LARGEST_STAGE or not hasattr(tensor, "ds_tensor"):
             tensor.copy_(value)
             return
@@ -195,7 +196,7 @@ class ZeroEngine(Engine):
             safe_set_full_optimizer_state(tensor, value, key)
 
     def _own_slice(self, tensor: Any, value: Tensor) -> Tensor:
-        """What stage 3 keeps here of a tensor: an equal part of its numbers, zeros behind the last."""
+        """What stage 3 keeps here of a tensor: an equal part of its numbers, zeros at the end."""
         size = tensor.ds_tensor.numel()
         flat = nn.functional.pad(value.flatten(), (0, size * self._num_ranks - value.numel()))
         return flat[self._rank * size : (self._rank + 1) * size]

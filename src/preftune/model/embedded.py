@@ -13,7 +13,7 @@ import torch
 
 from preftune.config.model import ModelConfig
 from preftune.errors import ModelError
-from preftune.model.load import load_model, load_tokenizer, save_model
+from preftune.model.load import load_model, load_tokenizer, own_weights, save_model
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -81,7 +81,7 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     config = ModelConfig(model_name_or_path=str(gguf))
     tokenizer = load_tokenizer(config)
     loaded = load_model(config, torch.device("cpu"))
-    save_model(loaded, tokenizer, folder, torch.float32)
+    save_model(loaded, own_weights(loaded, torch.float32), tokenizer, folder)
 
 
 def _from_hub(folder: Path, from_index: Exception) -> None:

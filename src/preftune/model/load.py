@@ -19,6 +19,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from preftune.config.export import SaveDtype
 from preftune.config.model import ModelConfig
 from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
@@ -249,30 +250,46 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     return LoadedModel(policy, source_dtype, zeroed)
 
 
+def saved_dtype(loaded: LoadedModel, choice: SaveDtype) -> torch.dtype:
+    """How weights are written: auto is as the source of the model has them."""
+    return loaded.source_dtype if choice == "auto" else DTYPES[choice]
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as it is written, in the host's memory."""
+    cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return cast.detach().cpu().contiguous()
+
+
+def own_weights(loaded: LoadedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a model that is whole here, as they are written."""
+    return {k: in_dtype(tensor, dtype) for k, tensor in named_weights(loaded.policy.model).items()}
+
+
 def save_model(
     loaded: LoadedModel,
+    weights: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    dtype: torch.dtype,
-) -> None:
+) -> torch.dtype:
     """Write a plain Hugging Face folder: config, safetensors, tokenizer, chat template.
 
     Args:
         loaded: whose architecture and config to write.
+        weights: by the names of `named_weights`, see `own_weights`.
         tokenizer: saved beside the weights.
         folder: must not hold anything yet.
-        dtype: of the floating-point weights on disk.
+
+    Returns:
+        The dtype of the weights.
     """
     model = loaded.policy.model
-    cast = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
-        for name, tensor in named_weights(model).items()
-    }
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     held = {key: getattr(model.config, key) for key in loaded.zeroed_dropout}
     try:
         for key, value in loaded.zeroed_dropout.items():
             setattr(model.config, key, value)
-        model.save_pretrained(folder, state_dict=cast)
+        model.save_pretrained(folder, state_dict=weights)
     finally:
         for key, value in held.items():
             setattr(model.config, key, value)
@@ -281,6 +298,7 @@ def save_model(
     config = json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     config_file.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+    return dtype
 
 
 def stop_at(model: PreTrainedModel, token_id: int) -> bool:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from preftune.config.checkpoint import CheckpointConfig
+from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError, PreftuneError
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay
-from preftune.training.checkpoint import Snapshot, write_checkpoint
+from preftune.training.checkpoint import Snapshot, write_checkpoint, write_together
 from preftune.training.retention import BestCheckpoint, remove_old_checkpoints
 from preftune.training.run_folder import RunFolder
 from preftune.training.saver import CheckpointSaver
@@ -45,10 +46,17 @@ class Checkpoints:
         self._noted: int | None = None
         self._saver: CheckpointSaver | None = None
 
-    def begin(self, optimizer: Any) -> None:
-        """Get ready to save a state that `optimizer` updates."""
+    def begin(self, engine: Engine) -> None:
+        """Get ready to save the state of an engine."""
+        if engine.is_sharded:
+            if self._config.checkpoint_async:
+                self._display.say(
+                    f"training waits while a checkpoint is written: {engine.name} cuts the state "
+                    "over the processes, and each writes its part (checkpoint_async is for DDP)"
+                )
+            return
         self._saver = CheckpointSaver(
-            optimizer,
+            engine.optimizer,
             self._runtime.device,
             in_background=self._config.checkpoint_async,
             say=self._display.say,
@@ -83,17 +91,41 @@ class Checkpoints:
             metrics_file: whose lines so far the checkpoint counts on.
         """
         assert self._saver is not None  # made in `begin`
-        best = None if self.best is None else replace(self.best)
-        document = {**content.document, "best": None if best is None else best.as_dict()}
-        content = replace(content, document=document)
+        assert content.document is not None  # rank 0's
+        step = content.document["step"]
+        content, best = self._with_best(content)
 
         def publish(content: Snapshot) -> None:
             metrics_file.sync()
-            write_checkpoint(self._folder.checkpoint(document["step"]), content)
-            keep, max_gb = self._config.keep_last_n_checkpoints, self._config.checkpoint_max_gb
-            remove_old_checkpoints(self._folder, keep, max_gb, best and best.step)
+            write_checkpoint(self._folder.checkpoint(step), content)
+            self._retain(best)
 
         self._saver.save(content, publish)
+
+    def save_together(self, content: Snapshot, metrics_file: MetricsFile, step: int) -> None:
+        """Write a checkpoint of which each rank has a part; training waits.
+
+        Args:
+            content: this rank's part.
+            metrics_file: whose lines so far the checkpoint counts on.
+            step: of the checkpoint.
+        """
+        content, best = self._with_best(content)
+        self._runtime.decide(metrics_file.sync)
+        write_together(self._folder.checkpoint(step), content, self._runtime)
+        self._runtime.decide(lambda: self._retain(best))
+        self._note_best()
+
+    def _with_best(self, content: Snapshot) -> tuple[Snapshot, BestCheckpoint | None]:
+        best = None if self.best is None else replace(self.best)
+        document = content.document
+        if document is not None:
+            document = {**document, "best": None if best is None else best.as_dict()}
+        return replace(content, document=document), best
+
+    def _retain(self, best: BestCheckpoint | None) -> None:
+        keep, max_gb = self._config.keep_last_n_checkpoints, self._config.checkpoint_max_gb
+        remove_old_checkpoints(self._folder, keep, max_gb, best and best.step)
 
     def failed(self) -> bool:
         """Whether a checkpoint could not be written; notes the best one once it is on disk."""

@@ -216,7 +216,7 @@ def _train(
     try:
         with run.checkpoints.awaited():
             loop.run()
-        run.save_final()
+        run.save_final(engine)
         return TrainResult(start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")

@@ -8,7 +8,7 @@ import torch
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.export import SaveDtype
 from preftune.errors import CheckpointError
-from preftune.model.load import load_model, stop_at
+from preftune.model.load import load_model, own_weights, saved_dtype, stop_at
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import prepare_tokenizer
 from preftune.training.checkpoint import load_weights
@@ -59,7 +59,8 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     facts |= {"steps": document["step"]}
     try:
-        dtype = write_model_folder(target, loaded, tokenizer, config, facts, save_dtype=save_dtype)
+        weights = own_weights(loaded, saved_dtype(loaded, save_dtype))
+        dtype = write_model_folder(target, loaded, weights, tokenizer, config, facts)
     except OSError as error:
         raise CheckpointError(
             f"{target} could not be written ({error}); free some space, or give another OUTPUT_DIR"

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.files import fsync, remove_tree
-from preftune.model.load import DTYPES, LoadedModel, save_model
+from preftune.model.load import LoadedModel, save_model
 from preftune.recipes.model_card import model_card
 from preftune.redaction import redacted
 
@@ -17,34 +18,31 @@ from preftune.redaction import redacted
 def write_model_folder(
     folder: Path,
     loaded: LoadedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     config: ExperimentConfig,
     facts: Mapping[str, Any],
-    *,
-    save_dtype: str,
 ) -> str:
     """Write weights, config, tokenizer and model card beside their place, and rename them there.
 
     Args:
         folder: where the model goes; what is there is replaced.
-        loaded: the model.
+        loaded: the model's architecture and config.
+        weights: see `save_model`.
         tokenizer: of the model.
         config: of the run that trained it.
         facts: of the run, for the card: as in run.json.
-        save_dtype: of the weights; auto is the source model's.
 
     Returns:
-        The dtype that was taken.
+        The dtype of the weights.
 
     Raises:
         OSError: it could not be written; nothing of it is left.
     """
-    dtype = loaded.source_dtype if save_dtype == "auto" else DTYPES[save_dtype]
-    name = str(dtype).removeprefix("torch.")
     temporary = folder.with_name(f".partial-{folder.name}")
     remove_tree(temporary)
     try:
-        save_model(loaded, tokenizer, temporary, dtype)
+        name = str(save_model(loaded, weights, tokenizer, temporary)).removeprefix("torch.")
         card = redacted(model_card(config, {**facts, "save_dtype": name}))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:

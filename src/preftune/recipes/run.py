@@ -20,12 +20,13 @@ from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
+from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import hold_alone, write_atomically
 from preftune.model.layout_choice import LayoutChoice
-from preftune.model.load import LoadedModel, stop_at
+from preftune.model.load import LoadedModel, in_dtype, named_weights, saved_dtype, stop_at
 from preftune.objective import Objective
 from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.model_folder import write_model_folder
@@ -36,7 +37,7 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import load_checkpoint, snapshot
+from preftune.training.checkpoint import load_checkpoint, snapshot, snapshot_of_rank
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
 from preftune.training.integrity import read_document
@@ -237,29 +238,45 @@ class Run:
             batcher: of the training pairs, for the ids of their rows.
         """
         metrics_file = MetricsFile(self.start.folder.metrics)
-        self.checkpoints.begin(state.engine.optimizer)
+        self.checkpoints.begin(state.engine)
         offset, checkpoint = 0, self.start.checkpoint
         if checkpoint is not None:
-            offset = self.runtime.together(lambda: self._restore(state, checkpoint))
+            offset = self._restore(state, checkpoint)
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
         self.runtime.together(lambda: self._take_up_folder(state, batcher, metrics_file, offset))
         return metrics_file
 
     def _restore(self, state: TrainState, checkpoint: Path) -> int:
         """Take the state from a checkpoint; gives the bytes of metrics that it had seen."""
-        document = read_document(checkpoint)
-        self._check_same_start(document["identity"])
+        document = self.runtime.together(lambda: self._looked_into(checkpoint))
         policy, runtime = self.loaded.policy.model, self.runtime
-        load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
-        if state.step > self.num_steps:
-            raise CheckpointError(
-                f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
-                "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
-            )
-        found = self.checkpoints.restore_best(document.get("best"))
+        load_checkpoint(checkpoint, state, policy, device=runtime.device, ranks=runtime)
+        found = self.runtime.together(lambda: self.checkpoints.restore_best(document.get("best")))
         if found is not None:
             self.manifest["best_checkpoint"] = found
         return document["metrics_offset"]
+
+    def _looked_into(self, checkpoint: Path) -> dict[str, Any]:
+        """The checkpoint's document, of a state that this run can go on from."""
+        document = read_document(checkpoint)
+        before = document["identity"]
+        self._check_same_start(before)
+        if document["step"] > self.num_steps:
+            raise CheckpointError(
+                f"{checkpoint} is of step {document['step']}, and this run has {self.num_steps} "
+                "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
+            )
+        now = self._how_spread()
+        if (then := document["spread"]) != now:
+            self.display.say(
+                f"the checkpoint is of {then['processes']} processes ({then['engine']}), and this "
+                f"run goes on with {now['processes']} ({now['engine']}): to the same numbers but "
+                "for the order of sums"
+            )
+        return document
+
+    def _how_spread(self) -> dict[str, Any]:
+        return {"processes": self.runtime.world_size, "engine": self.config.engine}
 
     def _take_up_folder(
         self, state: TrainState, batcher: RowBatcher, metrics_file: MetricsFile, offset: int
@@ -336,8 +353,8 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{self.start.checkpoint} cannot go on to the same numbers here: "
-                f"{'; '.join(changed)}. Restore the files, versions and number of processes of "
-                "that run, or start a new --output_dir"
+                f"{'; '.join(changed)}. Restore the files and versions of that run, or "
+                "start a new --output_dir"
             )
 
     def _identity(self) -> dict[str, Any]:
@@ -348,7 +365,6 @@ class Run:
             "dataset": self.pairs.train.examples.fingerprint(),
             "held-out datasets": held_out,
             "pairs a step": self.manifest["global_batch_size"],
-            "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
             "layout": self.layout.name,
             "attention": self.manifest["attention"],
@@ -377,17 +393,23 @@ class Run:
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
 
+        extra = {
+            "config": self.manifest["config"],
+            "identity": self._identity(),
+            "spread": self._how_spread(),
+            "metrics_offset": metrics_file.offset,
+            "facts": self._facts(),
+        }
+        model = self.loaded.policy.model
+        if state.engine.is_sharded:
+            content = snapshot_of_rank(state, model, window, generators, extra, self.runtime)
+            self.checkpoints.save_together(content, metrics_file, state.step)
+            return
+
         def save() -> None:
-            if not self.runtime.is_main:
-                return
-            extra = {
-                "config": self.manifest["config"],
-                "identity": self._identity(),
-                "metrics_offset": metrics_file.offset,
-                "facts": self._facts(),
-            }
-            content = snapshot(state, self.loaded.policy.model, window, generators, extra)
-            self.checkpoints.save(content, metrics_file)
+            if self.runtime.is_main:
+                content = snapshot(state, model, window, generators, extra)
+                self.checkpoints.save(content, metrics_file)
 
         self.runtime.together(save)
 
@@ -396,11 +418,22 @@ class Run:
         if self.runtime.is_main:
             self.start.folder.write_manifest(self.manifest)
 
-    def save_final(self) -> None:
-        """Write `final/`, whole or not at all."""
-        self.runtime.together(self._write_final if self.runtime.is_main else lambda: None)
+    def save_final(self, engine: Engine) -> None:
+        """Write `final/`, whole or not at all.
 
-    def _write_final(self) -> None:
+        Args:
+            engine: whose weights are gathered one by one; rank 0 keeps them, in the dtype that is
+                saved and in the host's memory.
+        """
+        dtype = saved_dtype(self.loaded, self.config.save_dtype)
+        weights = {}
+        for name, tensor in named_weights(self.loaded.policy.model).items():
+            whole = engine.whole(tensor)
+            if self.runtime.is_main:
+                weights[name] = in_dtype(whole, dtype)
+        self.runtime.decide(lambda: self._write_final(weights))
+
+    def _write_final(self, weights: dict[str, Tensor]) -> None:
         final = self.start.folder.final
         stop_id = self._stop_token_id()
         if stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
@@ -408,12 +441,7 @@ class Run:
             self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
         try:
             self.manifest["save_dtype"] = write_model_folder(
-                final,
-                self.loaded,
-                self.tokenizer,
-                self.config,
-                self.manifest,
-                save_dtype=self.config.save_dtype,
+                final, self.loaded, weights, self.tokenizer, self.config, self.manifest
             )
         except OSError as error:
             raise CheckpointError(

@@ -7,34 +7,46 @@
     step-00000100/state.json             counters, metrics, configuration
     step-00000100/manifest.json          size and checksum of each of them; written last
 
+Where an engine cuts the state over ranks, each writes what it holds of weights and optimizer
+state, model-00001-of-00002.safetensors and so on, as PyTorch's distributed checkpoints do. Either
+kind goes on under any engine and any number of ranks.
+
 The learning-rate schedule and the order of the data are functions of the step and are not saved.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from preftune.distributed.parts import Part, whole_part
+from preftune.distributed.ranks import ALONE, Ranks
 from preftune.errors import CheckpointError
 from preftune.files import fsync, remove_tree
 from preftune.metrics import MetricState
 from preftune.model.load import named_weights
 from preftune.training.generators import restore_generators
 from preftune.training.integrity import (
+    MANIFEST,
     STATE,
     checked_files,
     damaged,
     read_document,
     write_manifest,
 )
+from preftune.training.part_files import PartReader
 from preftune.training.step import TrainState
 from preftune.training.tensor_files import Damaged, FileSum, TensorFile, write_bytes, write_tensors
 
 Tensors = Mapping[str, Tensor]
+_KIND = r"%s(-\d{5,}-of-\d{5,})?\.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,10 @@ class Snapshot:
     tensors: Mapping[str, Tensors]
     """File name -> tensors. Those that training changes are the live ones, which only an update of
     the weights changes, never a forward or a backward."""
-    document: Mapping[str, Any]
-    """Of `state.json`."""
+    document: Mapping[str, Any] | None
+    """Of `state.json`, which rank 0 writes; None on the others."""
+    first_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """File name -> where its tensors begin in the whole ones; no entry for files of those."""
 
     @property
     def num_bytes(self) -> int:
@@ -73,12 +87,20 @@ def snapshot(
     if state.reference is not None:
         tensors["reference.safetensors"] = _weights(state.reference.model)
     tensors["optimizer.safetensors"] = _optimizer_tensors(state, model)
-    tensors["rng.safetensors"] = {
+    tensors["rng.safetensors"] = _all_generators(generators)
+    return Snapshot(tensors, _document(state, window, extra))
+
+
+def _all_generators(generators: Sequence[Tensors]) -> dict[str, Tensor]:
+    return {
         f"{rank}/{name}": tensor
         for rank, own in enumerate(generators)
         for name, tensor in own.items()
     }
-    document = {
+
+
+def _document(state: TrainState, window: MetricState, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "step": state.step,
         "num_tokens": int(state.num_tokens),
         "running": None if state.running is None else state.running.tolist(),
@@ -86,7 +108,70 @@ def snapshot(
         "guards": state.guards.state(),
         **extra,
     }
-    return Snapshot(tensors, document)
+
+
+def snapshot_of_rank(
+    state: TrainState,
+    model: nn.Module,
+    window: MetricState,
+    generators: Sequence[Tensors],
+    extra: Mapping[str, Any],
+    ranks: Ranks,
+) -> Snapshot:
+    """What this rank writes of a state that is cut over ranks; every rank calls it.
+
+    Args:
+        state: of the training.
+        model: as in `snapshot`.
+        window: as in `snapshot`.
+        generators: as in `snapshot`.
+        extra: as in `snapshot`.
+        ranks: of the run.
+    """
+    weights = named_weights(model)
+    number = f"{ranks.rank + 1:05d}-of-{ranks.world_size:05d}"
+    parts = {
+        f"model-{number}.safetensors": state.engine.weight_parts(weights),
+        f"optimizer-{number}.safetensors": state.engine.moment_parts(weights),
+    }
+    saved = {
+        file: {name: part for name, part in own.items() if part.is_saved}
+        for file, own in parts.items()
+    }
+    tensors: dict[str, Tensors] = {
+        file: {name: part.tensor for name, part in own.items()} for file, own in saved.items()
+    }
+    first_rows = {
+        file: {name: part.first for name, part in own.items()} for file, own in saved.items()
+    }
+    document = None
+    if ranks.is_main:
+        tensors["rng.safetensors"] = _all_generators(generators)
+        document = _document(state, window, extra)
+    return Snapshot(tensors, document, first_rows)
+
+
+def write_together(folder: Path, content: Snapshot, ranks: Ranks) -> None:
+    """Write a checkpoint of which each rank has a part; every rank calls it.
+
+    Args:
+        folder: `checkpoints/step-...`, which all ranks see; it appears only when it is complete.
+        content: what this rank writes of it.
+        ranks: of the run.
+
+    Raises:
+        CheckpointError: it could not be written; whatever stood there before stays.
+    """
+    temporary = _temporary(folder)
+    explained = _explained(folder)
+    try:
+        ranks.decide(explained(lambda: _begin(temporary)))
+        files = ranks.together(explained(lambda: _write_files(temporary, content)))
+        all_files = {name: file for own in ranks.gather(files) for name, file in own.items()}
+        ranks.decide(explained(lambda: _publish(temporary, folder, all_files)))
+    finally:
+        if ranks.is_main:
+            remove_tree(temporary)
 
 
 def write_checkpoint(folder: Path, content: Snapshot) -> None:
@@ -99,28 +184,54 @@ def write_checkpoint(folder: Path, content: Snapshot) -> None:
     Raises:
         CheckpointError: it could not be written; whatever stood there before stays.
     """
-    temporary = folder.with_name(f".partial-{folder.name}")
+    temporary = _temporary(folder)
     try:
+        with _explained(folder):
+            _begin(temporary)
+            _publish(temporary, folder, _write_files(temporary, content))
+    finally:
         remove_tree(temporary)
-        temporary.mkdir(parents=True)
-        files = {
-            name: write_tensors(temporary / name, tensors)
-            for name, tensors in content.tensors.items()
-        }
-        text = json.dumps(content.document, default=str)
-        files[STATE] = write_bytes(temporary / STATE, text.encode())
-        write_manifest(temporary, files)
-        for path in [*temporary.iterdir(), temporary]:
-            fsync(path)
-        _put_in_place(temporary, folder)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".partial-{folder.name}")
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {folder} could not be written ({error}); earlier checkpoints are "
             "untouched; free some space or lower keep_last_n_checkpoints, and run the same command "
             "to go on"
         ) from error
-    finally:
-        remove_tree(temporary)
+
+
+def _begin(temporary: Path) -> None:
+    remove_tree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def _write_files(temporary: Path, content: Snapshot) -> dict[str, FileSum]:
+    files = {
+        name: write_tensors(temporary / name, tensors, content.first_rows.get(name))
+        for name, tensors in content.tensors.items()
+    }
+    if content.document is not None:
+        text = json.dumps(content.document, default=str)
+        files[STATE] = write_bytes(temporary / STATE, text.encode())
+    for name in files:
+        fsync(temporary / name)
+    return files
+
+
+def _publish(temporary: Path, folder: Path, files: Mapping[str, FileSum]) -> None:
+    write_manifest(temporary, files)
+    for path in (temporary / MANIFEST, temporary):
+        fsync(path)
+    _put_in_place(temporary, folder)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -145,7 +256,12 @@ def _set_aside(folder: Path) -> Path:
 
 
 def load_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, *, rank: int, device: torch.device
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Put weights, optimizer, counters, metrics and generators back as they were.
 
@@ -156,25 +272,82 @@ def load_checkpoint(
         folder: a complete checkpoint.
         state: changed in place; after an error it holds anything.
         model: the module inside the engine's wrapper.
-        rank: of this process: its generators are restored, and rank 0 takes over the metrics
-            window, which is that of all ranks.
         device: that this process computes on.
+        ranks: of the run, which all call it. The generators of this rank are restored, if there
+            was such a rank, and rank 0 takes over the metrics window, which is that of all.
 
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
-    document = read_document(folder)
-    read = _Reader(folder)
+    document = ranks.together(lambda: read_document(folder))
+    if state.engine.is_sharded or is_in_parts(folder):
+        _load_parts(folder, state, model, ranks)
+    else:
+        ranks.together(lambda: _load_whole(folder, state, model))
+    ranks.together(lambda: _restore_rest(folder, document, state, ranks, device))
+
+
+def _load_whole(folder: Path, state: TrainState, model: nn.Module) -> None:
     load_weights(folder, model)
     if state.reference is not None:
         load_weights(folder, state.reference.model, "reference.safetensors")
+    read = _Reader(folder)
     read("optimizer.safetensors", lambda file: _optimizer_targets(file, state, model))
-    generators = read("rng.safetensors", _empty)
+
+
+def _load_parts(folder: Path, state: TrainState, model: nn.Module, ranks: Ranks) -> None:
+    """Weights and optimizer state where the checkpoint or the engine has them in parts."""
+    weights = named_weights(model)
+    for kind, parts in (
+        ("model", state.engine.weight_parts(weights)),
+        ("optimizer", state.engine.moment_parts(weights)),
+    ):
+        read_parts = partial(_read_parts, folder, kind, parts, ranks.rank, ranks.world_size)
+        ranks.together(read_parts)
+        state.engine.put_back(weights, parts)
+    if state.reference is not None:
+        reference = state.reference.model
+        ranks.together(lambda: load_weights(folder, reference, "reference.safetensors"))
+
+
+def _read_parts(
+    folder: Path, kind: str, parts: Mapping[str, Part], rank: int = 0, num_ranks: int = 1
+) -> None:
+    """Fill parts from the files of a kind; ranks share the work of checking those."""
+    files = {k: v for k, v in checked_files(folder).items() if re.fullmatch(_KIND % kind, k)}
     try:
-        prefix = f"{rank}/"
+        if not files:
+            raise Damaged(f"{kind}.safetensors is absent")
+        for name in sorted(files)[rank::num_ranks]:
+            with TensorFile(folder / name, files[name]) as file:
+                file.finish()
+        reader = PartReader(parts)
+        reader.read(folder / name for name in sorted(files))
+    except (OSError, Damaged) as error:
+        raise damaged(folder, error) from error
+    if reader.other:
+        raise _of_another_model(folder, reader.other)
+
+
+def is_in_parts(folder: Path) -> bool:
+    """Whether the weights of a checkpoint lie in several files."""
+    return "model.safetensors" not in checked_files(folder)
+
+
+def _restore_rest(
+    folder: Path,
+    document: dict[str, Any],
+    state: TrainState,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    generators = _Reader(folder)("rng.safetensors", _empty)
+    try:
+        prefix = f"{ranks.rank}/"
         own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
-        _restore_counters(document, state, is_main=rank == 0)
-        restore_generators(own, device)
+        _restore_counters(document, state, is_main=ranks.is_main)
+        if own:  # there were as many ranks when it was written
+            restore_generators(own, device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise damaged(folder, error) from error
 
@@ -200,22 +373,27 @@ def load_weights(folder: Path, model: nn.Module, name: str = "model.safetensors"
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
-    current = model.state_dict()
-    wanted = {key: current[key] for key in named_weights(model)}
+    wanted = {key: tensor.detach() for key, tensor in named_weights(model).items()}
+    if name == "model.safetensors" and is_in_parts(folder):
+        _read_parts(folder, "model", {key: whole_part(t, 0) for key, t in wanted.items()})
+        return
 
     def targets(file: TensorFile) -> Tensors:
         shapes = {key: shape for key, (_, shape) in file.tensors.items()}
         other = [key for key, tensor in wanted.items() if shapes.get(key) != tensor.shape]
         other += sorted(shapes.keys() - wanted.keys())
         if other:
-            raise CheckpointError(
-                f"the checkpoint {folder} belongs to another model: {', '.join(other[:3])} differ "
-                "in shape or stand in only one of the two; give the model that the run was started "
-                "with"
-            )
+            raise _of_another_model(folder, other)
         return wanted
 
     _Reader(folder)(name, targets)
+
+
+def _of_another_model(folder: Path, other: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {folder} belongs to another model: {', '.join(other[:3])} differ in shape "
+        "or stand in only one of the two; give the model that the run was started with"
+    )
 
 
 class _Reader:
@@ -246,7 +424,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters as they are, and copies of buffers, which a forward may change."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        name: tensor if name in parameters else tensor.clone()
+        name: tensor.detach() if name in parameters else tensor.clone()
         for name, tensor in named_weights(model).items()
     }
 

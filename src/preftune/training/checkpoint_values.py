@@ -54,4 +54,5 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "guards": _is_object,
     "config": _is_object,
     "identity": _is_object,
+    "spread": _is_object,
 }

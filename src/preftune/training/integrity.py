@@ -11,7 +11,7 @@ from preftune.errors import CheckpointError
 from preftune.training.checkpoint_values import check_values
 from preftune.training.tensor_files import Damaged, FileSum, read_bytes
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 

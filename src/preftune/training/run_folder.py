@@ -54,6 +54,15 @@ MAY_CHANGE = frozenset(
         "per_device_eval_batch_size",
         "max_tokens_per_microbatch",
         "gradient_checkpointing",
+        # How the same steps are spread over devices.
+        "zero_stage",
+        "offload_optimizer",
+        "offload_param",
+        "zero_hpz_partition_size",
+        "fsdp",
+        "fsdp_shard_size",
+        "fsdp_reshard_after_forward",
+        "fsdp_offload_params",
     }
 )
 MAKER = "preftune"
