@@ -48,7 +48,10 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(number: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """What `work` returns, or the exception that it raises, on each of `number` ranks."""
+    """What `work` returns, or the exception that it raises, on each of `number` ranks.
+
+    One that ends with an exception of its own takes those with it that wait for it.
+    """
     board = _Board(threading.Barrier(number))
     outcomes: list[Any] = [None] * number
 
@@ -57,6 +60,8 @@ def on_ranks(number: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
             outcomes[rank] = work(ThreadRanks(rank, board))
         except BaseException as error:
             outcomes[rank] = error
+            if getattr(error, "rank", None) is None:
+                board.barrier.abort()  # as connections close with a process
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(number)]
     for thread in threads:

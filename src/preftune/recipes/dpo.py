@@ -90,8 +90,7 @@ def _train(
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
         display.say(f"the run in {start.folder.root} is finished; nothing to do")
-        return TrainResult(start.folder, start.folder.read_manifest())
-
+        return TrainResult(start.folder, runtime.decide(start.folder.read_manifest))
     check_output_is_seen(config, start, runtime)
     cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
 
@@ -111,7 +110,7 @@ def _train(
         config.resolved_data_seed,
         config.shuffle,
     )
-    num_steps = count_steps(config, sampler)
+    num_steps = runtime.together(lambda: count_steps(config, sampler))
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")

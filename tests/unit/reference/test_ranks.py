@@ -35,12 +35,13 @@ class Counting(PolicyModel):
         return super().forward(layout, *wanted)
 
 
-def passes(root, number, *, models=None, examples=EXAMPLES, said=None):
+def passes(root, number, *, models=None, examples=EXAMPLES, said=None, forwards_together=False):
     """What each of `number` ranks gets of one pass; `root` may differ by rank."""
     models = models or [Counting() for _ in range(number)]
     roots = root if isinstance(root, list) else [root] * number
 
     def work(ranks):
+        ranks.forwards_together = forwards_together
         return reference_logps(
             models[ranks.rank],
             examples,
@@ -103,6 +104,16 @@ def test_a_rank_that_fails_ends_all_and_the_next_pass_ends_in_the_same_bytes(
     assert {str(e) for e in errors} == {f"on rank {rank} of 2 (host host0): no luck"}
     assert len(files(tmp_path)) == (1 if fail_at == 1 else 3)  # the plan, and finished shards
     passes(tmp_path, 2)
+    assert files(tmp_path) == straight[0]
+
+
+def test_where_forwards_are_of_all_ranks_none_leaves_one_to_tell_the_others(tmp_path, straight):
+    """It ends by itself, and with it those that wait for it."""
+    models = [Counting(), Counting(fail_at=2)]
+    first, second = passes(tmp_path, 2, models=models, forwards_together=True)
+    assert isinstance(first, threading.BrokenBarrierError)
+    assert (type(second), str(second), second.rank) == (ModelError, "no luck", None)
+    passes(tmp_path, 2, forwards_together=True)
     assert files(tmp_path) == straight[0]
 
 
