@@ -112,7 +112,7 @@ def measure_loads(training: Training, folder: Path, repeats: int) -> None:
 
     def load() -> float:
         began = time.perf_counter()
-        load_checkpoint(folder, training.state, training.policy.model, rank=0, device=CPU)
+        load_checkpoint(folder, training.state, training.policy.model, device=CPU)
         return time.perf_counter() - began
 
     largest = max(path.stat().st_size for path in folder.iterdir())
