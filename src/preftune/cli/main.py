@@ -1,13 +1,18 @@
 """The `preftune` command: finds the subcommand, turns errors into text and exit codes."""
 
+import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from preftune import __version__
 from preftune.errors import ConfigError, Interrupted, PreftuneError
+from preftune.launch.environment import ERROR_FILE
 from preftune.redaction import redacted
 
 COMMANDS = {
@@ -15,6 +20,7 @@ COMMANDS = {
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
+    "launch": "run a command in several processes: local, hosts, slurm, skypilot, kubernetes",
     "export": "write the weights of a checkpoint as a Hugging Face model",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "cache": "reference log-probs: build, show, verify, prune, export",
@@ -42,23 +48,34 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _dispatch(argv)
     except Interrupted as error:
-        print(f"preftune: interrupted: {error}", file=sys.stderr)
+        _tell(f"preftune: interrupted: {error}", error)
         return error.exit_code
     except PreftuneError as error:
-        print(f"preftune: error: {redacted(str(error))}", file=sys.stderr)
+        _tell(f"preftune: error: {error}", error)
         return error.exit_code
     except OSError as error:
         # The machine's fault: a full disk, missing rights. The file is what a person needs.
         where = f" ({error.filename})" if error.filename else ""
-        print(redacted(f"preftune: error: {error.strerror or error}{where}"), file=sys.stderr)
+        _tell(f"preftune: error: {error.strerror or error}{where}", error)
         return 1
-    except KeyboardInterrupt:
-        print("preftune: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _tell("preftune: interrupted", error)
         return 1
-    except Exception:
+    except Exception as error:
         # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
-        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        _tell(traceback.format_exc().rstrip("\n"), error)
         return 1
+
+
+def _tell(text: str, error: BaseException) -> None:
+    """Say why the command ends: on the terminal, or to the launcher, which says it once for all."""
+    text = redacted(text)
+    if path := os.environ.get(ERROR_FILE):
+        said = json.dumps({"text": text, "kind": type(error).__name__})
+        with suppress(OSError):
+            Path(path).write_text(said, encoding="utf-8")
+            return
+    print(text, file=sys.stderr)
 
 
 def _dispatch(argv: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
     """
     config = options_or_help(ExperimentConfig, argv, USAGE, WHAT)
     if config is not None:
+        from preftune.distributed.peers import lost_peers_named
         from preftune.distributed.runtime import leave_process_group
         from preftune.recipes.dpo import train
         from preftune.recipes.pairs import prepare_data
@@ -29,8 +30,9 @@ def run(argv: Sequence[str]) -> int:
             case "dpo" if config.cache_dataset_only:
                 print(prepare_data(config))
             case "dpo":
-                train(config)
-                leave_process_group()
+                with lost_peers_named():
+                    train(config)
+                    leave_process_group()
             case _:
                 assert_never(config.stage)
     return 0

@@ -18,6 +18,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from preftune.distributed.peers import meet_peers
 from preftune.errors import ConfigError, PreftuneError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -66,8 +67,14 @@ class Runtime:
     the averaged gradient is the sum over all ranks divided by the global count.
     """
 
-    def __init__(self, precision: Precision, seed: int) -> None:
-        """Start the process group, if the launcher made one, and seed every generator."""
+    def __init__(self, precision: Precision, seed: int, collective_seconds: float = 7200.0) -> None:
+        """Start the process group, if the launcher made one, and seed every generator.
+
+        Args:
+            precision: that products are computed in.
+            seed: of every generator.
+            collective_seconds: how long to wait for the other processes.
+        """
         self.precision: Precision = precision
         # Accelerate keeps the first precision of a process for good; a Python session may well
         # train twice, in two precisions. The process group stays.
@@ -76,8 +83,7 @@ class Runtime:
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            # Rank 0 scores the reference alone, which may take longer than the default allows.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds))],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
         self._accelerator.gradient_accumulation_steps = 1
@@ -88,6 +94,7 @@ class Runtime:
                 "yet; use one process, or torchrun for DDP"
             )
         set_seed(seed)
+        meet_peers(self.gather)
 
     @property
     def device(self) -> torch.device:

@@ -76,7 +76,7 @@ def _train(
     deadline = None if limit is None else time.monotonic() + limit
     start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
-    runtime = Runtime(precision, config.seed)
+    runtime = Runtime(precision, config.seed, config.collective_seconds)
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished

@@ -325,8 +325,8 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{self.start.checkpoint} cannot go on to the same numbers here: "
-                f"{'; '.join(changed)}. Restore the files, versions and number of processes of "
-                "that run, or start a new --output_dir"
+                f"{'; '.join(changed)}. Restore the files, versions and pairs a step of that run, "
+                "or start a new --output_dir"
             )
 
     def _identity(self) -> dict[str, Any]:
@@ -337,7 +337,6 @@ class Run:
             "dataset": self.pairs.train.examples.fingerprint(),
             "held-out datasets": held_out,
             "pairs a step": self.manifest["global_batch_size"],
-            "number of processes": self.runtime.world_size,
             "precision": self.runtime.precision,
             "layout": self.layout.name,
             "attention": self.manifest["attention"],

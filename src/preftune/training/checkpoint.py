@@ -174,7 +174,8 @@ def load_checkpoint(
         prefix = f"{rank}/"
         own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
         _restore_counters(document, state, is_main=rank == 0)
-        restore_generators(own, device)
+        if own:  # one that a smaller number of processes did not have begins anew
+            restore_generators(own, device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise damaged(folder, error) from error
 
