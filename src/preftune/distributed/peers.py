@@ -73,9 +73,9 @@ def _named(text: str) -> str:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The sentence that tells, without the source lines of a library in front."""
-    text = str(error).splitlines()[0].strip()
-    return re.sub(r"^\[[^\]]*\]\s*", "", text).rstrip(".")
+    """The sentence that tells, without the library's source line in front and advice behind."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip())
+    return re.split(r"\.\s|\n", text, maxsplit=1)[0].rstrip(".")
 
 
 def _own_rank() -> int:

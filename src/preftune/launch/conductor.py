@@ -60,6 +60,17 @@ class Signals:
                 ranks.signal(number)
 
 
+def named(rank: int, host: str, address: str) -> str:
+    """A host in words.
+
+    Args:
+        rank: of the host.
+        host: what the user calls it.
+        address: where its launcher is.
+    """
+    return f"host {rank} ({host})" if host == address else f"host {rank} ({host}, {address})"
+
+
 class Conductor:
     """Runs a plan to its end."""
 
@@ -178,7 +189,7 @@ class Conductor:
         if not wrong:
             self._links[rank] = link
             return
-        said = f"host {rank} ({hosts[rank]}, {link.address}) launches with {wrong}"
+        said = f"{named(rank, hosts[rank], link.address)} launches with {wrong}"
         self._refused = f"{said}; all hosts must run the same command"
         link.send(say="done", code=ConfigError.exit_code, text=self._refused)
         link.close()
@@ -261,7 +272,7 @@ class Conductor:
         link.close()
         del self._links[rank]
         if rank in self._busy:
-            name = f"host {rank} ({self._plan.hosts[rank]}, {link.address})"
+            name = named(rank, self._plan.hosts[rank], link.address)
             self._busy.discard(rank)
             self._lost.append(name)
             self._say(f"lost {name}: {how}; ending the others")
@@ -277,7 +288,7 @@ class Conductor:
     def _tell_errors(self) -> None:
         """What the ranks say themselves: each sentence once, consequences last."""
         texts: dict[str, list[int]] = {}
-        for failure in sorted(self._failures, key=lambda failure: failure.is_consequence):
+        for failure in sorted(self._failures, key=lambda f: (not f.is_final, f.is_consequence)):
             if failure.text:
                 texts.setdefault(failure.text, []).append(failure.rank)
         for text, ranks in texts.items():

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from preftune.launch.conductor import TICK, Plan, Signals
+from preftune.launch.conductor import TICK, Plan, Signals, named
 from preftune.launch.environment import Place, interface_of
 from preftune.launch.link import Link, Message, wait_for
 from preftune.launch.ranks import Ranks
@@ -63,7 +63,7 @@ class Member:
             self._end_ranks()
             if self._outcome is not None:
                 return self._outcome
-            self._say(f"lost host 0 ({first}, {link.address}): {why}; its ranks and ours are ended")
+            self._say(f"lost {named(0, first, link.address)}: {why}; the ranks here are ended")
             if self._signals.stopping:
                 return 1
             lost = f"host 0 ({first}) did not come back"
