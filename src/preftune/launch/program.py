@@ -23,6 +23,8 @@ COMMANDS: dict[str, type[ComposedConfig]] = {
     "verify-resume": VerifyResumeConfig,
 }
 """What can be launched, and its options."""
+_GROUPS = ("sequence_parallel_size", "fsdp_shard_size", "zero_hpz_partition_size")
+"""Options that cut the processes into groups of a size."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ def check_world_size(program: Program, world_size: int) -> None:
     Raises:
         ConfigError: it cannot; says which option is in the way.
     """
-    length = getattr(program.config, "sequence_parallel_size", None) or 1
-    if world_size % length:
-        raise ConfigError(
-            f"sequence_parallel_size is {length}, and {world_size} processes are launched, which "
-            "do not part into groups of that size; change --num_processes or "
-            "--sequence_parallel_size"
-        )
+    for key in _GROUPS:
+        size = getattr(program.config, key, None) or 1
+        if world_size % size:
+            raise ConfigError(
+                f"{key} is {size}, and {world_size} processes are launched, which do not part into "
+                f"groups of that size; change --num_processes or --{key}"
+            )
