@@ -74,12 +74,8 @@ def test_kubernetes_own_client_reads_the_manifest_whole(capsys, num_hosts):
     assert [d["kind"] for d in documents] == (["Job"] if num_hosts == 1 else ["Service", "Job"])
     api = client.ApiClient()
 
-    class Response:
-        def __init__(self, document):
-            self.data = json.dumps(document)
-
     for document in documents:
-        model = api.deserialize(Response(document), kinds[document["kind"]])
+        model = api.deserialize(json.dumps(document), kinds[document["kind"]], "application/json")
         assert api.sanitize_for_serialization(model) == document
 
 
