@@ -1,13 +1,17 @@
 """`preftune launch` with whole runs: killed ranks, other numbers of processes, exit codes."""
 
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launches import finish, launched, settings_of, start, weights
+from tests.launches import ENVIRONMENT, finish, launched, settings_of, start, weights
 from tests.runs import pretend_unfinished, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -39,7 +43,7 @@ def test_ranks_killed_in_the_reference_pass_a_step_and_a_save(tmp_path):
 
 def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
     """What two processes began, one goes on with; to rounding, with pairs a step as they were."""
-    settings = settings_of(tmp_path, "two", total_batch_size=8)
+    settings = settings_of(tmp_path, "two", total_batch_size=8, keep_last_n_checkpoints=None)
     code, said = launched(TWO, settings)
     assert code == 0, said
     one = tmp_path / "one"
@@ -68,3 +72,39 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(tmp_path):
     assert code == 75, said
     assert said.count("preftune: interrupted: SIGTERM received: stopped after step ") == 1
     assert "restart" not in said
+
+
+HANG = """
+import os, signal, time
+from preftune.config.experiment import ExperimentConfig
+from preftune.distributed.peers import lost_peers_named
+from preftune.distributed.runtime import Runtime
+from preftune.errors import PeerLost
+
+config = ExperimentConfig(model_name_or_path="m", dataset_name="d", collective_timeout="10s")
+runtime = Runtime("fp32", 0, config.collective_seconds)
+if runtime.rank == 1:
+    time.sleep(600)
+began = time.monotonic()
+try:
+    with lost_peers_named():
+        runtime.gather(0)
+except PeerLost as error:
+    print(f"after {time.monotonic() - began:.0f} s: {error}", flush=True)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_a_process_that_hangs_is_given_up_after_the_timeout():
+    """Without a launcher of ours: the collective itself gives up, and names the other rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", "--no-python", sys.executable, "-c", HANG]
+    result = subprocess.run(
+        command,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert re.search(r"after 1\d s: rank 0 has lost rank 1 on ", result.stdout), result.stderr
