@@ -87,24 +87,26 @@ def short_training(
     state = TrainState.at_start(engine, runtime.device)
     batcher = RowBatcher(examples, reference, Layout("concatenated"), runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
-    sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
+    rank, ranks = runtime.rank, runtime.world_size
+    sampler = PairSampler(num_pairs, micro_batch * accumulation * ranks, seed=3)
     batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)
     trace = Trace([], [], start, 0.0)
     for step in range(num_epochs * sampler.steps_per_epoch):
-        shares = batching.split(sampler.batch(step))
+        batch = sampler.batch(step)
+        shares = batching.split(batch, rank, ranks)
         train_step(
             state,
-            [batcher(share) for share in shares],
+            [batcher(share, batch) for share in shares],
             objective,
             runtime,
-            num_rows=len(sampler.batch(step)),
+            num_rows=len(batch),
             learning_rate=learning_rate,
         )
         means = state.window.means(runtime.all_reduce)
         state.window.clear()
         trace.losses.append(means["loss"])
         trace.grad_norms.append(means["grad_norm"])
-    trace.weights = _flat(policy)
+    trace.weights = torch.cat([engine.whole(p).flatten() for p in policy.parameters()])
     trace.moved = float((trace.weights - start).abs().max())
     return trace
 

@@ -47,12 +47,8 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         return _dispatch(argv)
-    except Interrupted as error:
-        _tell(f"preftune: interrupted: {error}", error)
-        return error.exit_code
     except PreftuneError as error:
-        _tell(f"preftune: error: {error}", error)
-        return error.exit_code
+        return _told(error)
     except OSError as error:
         # The machine's fault: a full disk, missing rights. The file is what a person needs.
         where = f" ({error.filename})" if error.filename else ""
@@ -62,9 +58,33 @@ def main(argv: Sequence[str]) -> int:
         _tell("preftune: interrupted", error)
         return 1
     except Exception as error:
+        if lost := _lost_peer(error):
+            return _told(lost)
         # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
         _tell(traceback.format_exc().rstrip("\n"), error)
         return 1
+
+
+def _lost_peer(error: Exception) -> PreftuneError | None:
+    """What an error says of another process that is gone, where there are others."""
+    if "preftune.distributed.runtime" not in sys.modules:
+        return None
+    from preftune.distributed.peers import lost_peer
+
+    return lost_peer(error)
+
+
+def _told(error: PreftuneError) -> int:
+    """Say what went wrong, once for all ranks; gives the exit code."""
+    if not error.rank:  # None, or that of rank 0
+        what = "interrupted" if isinstance(error, Interrupted) else "error"
+        _tell(f"preftune: {what}: {error}", error)
+    if error.rank is not None:
+        # Launchers end all ranks as soon as one has ended: not before it is told.
+        from preftune.distributed.runtime import leave_process_group
+
+        leave_process_group()
+    return error.exit_code
 
 
 def _tell(text: str, error: BaseException) -> None:
@@ -75,7 +95,7 @@ def _tell(text: str, error: BaseException) -> None:
         with suppress(OSError):
             Path(path).write_text(said, encoding="utf-8")
             return
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: Sequence[str]) -> int:

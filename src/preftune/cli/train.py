@@ -19,9 +19,8 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: the words after `train`.
     """
-    config = options_or_help(ExperimentConfig, argv, USAGE, WHAT)
+    config = options_or_help(ExperimentConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
-        from preftune.distributed.peers import lost_peers_named
         from preftune.distributed.runtime import leave_process_group
         from preftune.recipes.dpo import train
         from preftune.recipes.pairs import prepare_data
@@ -30,9 +29,8 @@ def run(argv: Sequence[str]) -> int:
             case "dpo" if config.cache_dataset_only:
                 print(prepare_data(config))
             case "dpo":
-                with lost_peers_named():
-                    train(config)
-                    leave_process_group()
+                train(config)
+                leave_process_group()
             case _:
                 assert_never(config.stage)
     return 0

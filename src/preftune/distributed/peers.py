@@ -3,8 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -34,23 +33,22 @@ def meet_peers(gather: Callable[[Any], list[Any]]) -> None:
         _PEERS.extend(gather((socket.gethostname(), _own_address())))
 
 
-@contextmanager
-def lost_peers_named() -> Iterator[None]:
-    """Make of what a collective raises without its peers an error that names them.
+def lost_peer(error: Exception) -> PeerLost | None:
+    """What a collective raises without its peers, as an error that names them.
 
-    Raises:
-        PeerLost: another process is gone, or does not answer in time.
+    Args:
+        error: as it was raised.
+
+    Returns:
+        None: it is about something else.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
-            raise
-        raise PeerLost(
-            f"rank {_own_rank()} has lost {_named(str(error))} ({_reason(error)}); what that one "
-            "says itself, or its machine, tells why. Run the same command again to go on from the "
-            "last checkpoint"
-        ) from error
+    if not (isinstance(error, RuntimeError) and _is_lost_peer(error)):
+        return None
+    return PeerLost(
+        f"rank {_own_rank()} has lost {_named(str(error))} ({_reason(error)}); what that one says "
+        "itself, or its machine, tells why. Run the same command again to go on from the last "
+        "checkpoint"
+    )
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -1,10 +1,8 @@
 """One process among its peers: device, ranks, precision, collectives. Imports Accelerate."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, NoReturn, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +20,7 @@ from preftune.config.distributed import DistributedConfig
 from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
 from preftune.distributed.fsdp import FSDPEngine
 from preftune.distributed.peers import meet_peers
+from preftune.distributed.ranks import Ranks
 from preftune.distributed.zero import ZeroEngine
 from preftune.errors import ConfigError, PreftuneError
 
@@ -52,6 +51,11 @@ def multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
 
 
+def is_main_process() -> bool:
+    """Whether this process, once its runtime was made, is the one that speaks."""
+    return PartialState().is_main_process
+
+
 def leave_process_group() -> None:
     """End the process group, if there is one; this process cannot train again.
 
@@ -64,7 +68,23 @@ def leave_process_group() -> None:
         state.destroy_process_group()
 
 
-class Runtime:
+def tell_peers(error: PreftuneError) -> NoReturn:
+    """End all ranks with what is wrong on this one alone, before it has made its runtime.
+
+    The others meet it with the first thing that they do together (`Ranks.meet`).
+
+    Raises:
+        PreftuneError: on every rank.
+    """
+
+    def fail() -> NoReturn:
+        raise error
+
+    Runtime("fp32", seed=0).together(fail)
+    raise error  # alone after all
+
+
+class Runtime(Ranks):
     """One process among its peers."""
 
     def __init__(self, precision: Precision, seed: int, collective_seconds: float = 7200.0) -> None:
@@ -173,7 +193,7 @@ class Runtime:
         # Accelerate keeps a list of all it has prepared, and its wrapped forward is a cycle.
         models = self._accelerator._models
         models[:] = [kept for kept in models if kept is not model]
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -182,10 +202,6 @@ class Runtime:
             return tensor
         return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
 
-    def gather(self, value: T) -> list[T]:
-        """The value of each rank, by rank, on every rank; for small things off the device."""
-        return [value] if self.world_size == 1 else gather_object([value])
-
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set on some rank: one decision for all. Waits, on several ranks."""
         if self.world_size == 1:
@@ -193,30 +209,15 @@ class Runtime:
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
         return tuple(count > 0 for count in self.all_reduce(counts).tolist())
 
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` returns on rank 0, on every rank; what it raises there, all raise.
+    # ---------------------------------------------------------------- see `Ranks`
 
-        For choices by measurement, which ranks alone could make differently.
-        """
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank; for small things off the device."""
+        return [value] if self.world_size == 1 else gather_object([value])
+
+    def send(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
         if self.world_size == 1:
-            return choose()
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = choose()
-            except PreftuneError as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self._accelerator.wait_for_everyone()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes first; the others wait and find what it made."""
-        with self._accelerator.main_process_first():
-            yield
+            return value
+        (value,) = broadcast_object_list([value])
+        return value
