@@ -38,7 +38,7 @@ class Failure:
     kind: str = ""
     """The class of its error."""
     ended: bool = False
-    """Whether the launcher had begun to end it."""
+    """Whether the launcher had told it to end."""
 
     @property
     def is_final(self) -> bool:
@@ -162,14 +162,15 @@ class Ranks:
         said: dict[str, str] = {}
         with suppress(OSError, ValueError):
             said = json.loads((self._errors / str(rank)).read_text(encoding="utf-8"))
-        ended = self._ending_since is not None
-        return Failure(rank, self._host, code, said.get("text", ""), said.get("kind", ""), ended)
+        text, kind = said.get("text", ""), said.get("kind", "")
+        return Failure(rank, self._host, code, text, kind, self._told_to_end)
 
     def _hurry(self) -> None:
         if self._ending_since is None or not self._running:
             return
         waited = time.monotonic() - self._ending_since
         if waited > self._end_seconds:
+            self._told_to_end = True
             for process in self._running.values():
                 _signal_group(process.pid, signal.SIGKILL)
         elif waited > self._end_seconds / 6 and not self._told_to_end:
