@@ -66,6 +66,10 @@ class Interrupted(PreftuneError):
     exit_code = 75
 
 
+class PeerLost(PreftuneError):
+    """Another process of the run is gone or does not answer; the same command goes on."""
+
+
 class Findings:
     """What parts that do not need each other find wrong, to be told all at once.
 

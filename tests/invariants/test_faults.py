@@ -84,7 +84,7 @@ def test_a_kill_before_the_manifest_leaves_a_usable_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"number of processes": 2}, "number of processes"), ({"precision": "bf16"}, "precision")],
+    [({"pairs a step": 16}, "pairs a step"), ({"precision": "bf16"}, "precision")],
 )
 def test_another_machine_may_not_go_on_to_other_numbers(tmp_path, change, text):
     train(tiny_config(tmp_path, checkpointing_steps=2))

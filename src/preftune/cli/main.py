@@ -1,13 +1,18 @@
 """The `preftune` command: finds the subcommand, turns errors into text and exit codes."""
 
+import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from preftune import __version__
 from preftune.errors import ConfigError, Interrupted, PreftuneError
+from preftune.launch.environment import ERROR_FILE
 from preftune.redaction import redacted
 
 COMMANDS = {
@@ -16,6 +21,7 @@ COMMANDS = {
     "score": "log-probs and accuracy of a model on pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "export": "write the weights of a checkpoint as a Hugging Face model",
+    "launch": "run a command in several processes: local, hosts, slurm, skypilot, kubernetes",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "cache": "reference log-probs: build, show, verify, prune, export",
     "config": "show and compare configurations; presets; the JSON Schema",
@@ -46,28 +52,50 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         # The machine's fault: a full disk, missing rights. The file is what a person needs.
         where = f" ({error.filename})" if error.filename else ""
-        print(redacted(f"preftune: error: {error.strerror or error}{where}"), file=sys.stderr)
+        _tell(f"preftune: error: {error.strerror or error}{where}", error)
         return 1
-    except KeyboardInterrupt:
-        print("preftune: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _tell("preftune: interrupted", error)
         return 1
-    except Exception:
+    except Exception as error:
+        if lost := _lost_peer(error):
+            return _told(lost)
         # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
-        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        _tell(traceback.format_exc().rstrip("\n"), error)
         return 1
+
+
+def _lost_peer(error: Exception) -> PreftuneError | None:
+    """What an error says of another process that is gone, where there are others."""
+    if "preftune.distributed.runtime" not in sys.modules:
+        return None
+    from preftune.distributed.peers import lost_peer
+
+    return lost_peer(error)
 
 
 def _told(error: PreftuneError) -> int:
     """Say what went wrong, once for all ranks; gives the exit code."""
     if not error.rank:  # None, or that of rank 0
         what = "interrupted" if isinstance(error, Interrupted) else "error"
-        print(f"preftune: {what}: {redacted(str(error))}", file=sys.stderr, flush=True)
+        _tell(f"preftune: {what}: {error}", error)
     if error.rank is not None:
         # Launchers end all ranks as soon as one has ended: not before it is told.
         from preftune.distributed.runtime import leave_process_group
 
         leave_process_group()
     return error.exit_code
+
+
+def _tell(text: str, error: BaseException) -> None:
+    """Say why the command ends: on the terminal, or to the launcher, which says it once for all."""
+    text = redacted(text)
+    if path := os.environ.get(ERROR_FILE):
+        said = json.dumps({"text": text, "kind": type(error).__name__})
+        with suppress(OSError):
+            Path(path).write_text(said, encoding="utf-8")
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: Sequence[str]) -> int:

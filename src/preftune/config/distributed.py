@@ -70,9 +70,7 @@ class DistributedConfig(Section):
 def _zero_problems(section: DistributedConfig) -> list[Problem]:
     stage, found = section.zero_stage, []
     if stage is not None and not 0 <= stage <= LARGEST_STAGE:
-        found.append(
-            Problem("zero_stage", stage, "it must be 0, 1, 2 or 3")
-        )
+        found.append(Problem("zero_stage", stage, "it must be 0, 1, 2 or 3"))
     elif stage is not None and section.fsdp != "no":
         message = f"fsdp is {section.fsdp!r} too, and they exclude each other: leave one out"
         found.append(Problem("zero_stage", stage, message, ("fsdp",)))

@@ -11,6 +11,7 @@ from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.model import ModelConfig, another_model
+from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
 from preftune.config.training import TrainingConfig
@@ -29,6 +30,7 @@ class ExperimentConfig(
     LoggingConfig,
     CheckpointConfig,
     EvalConfig,
+    PeersConfig,
 ):
     """Everything a training run needs, flat. Each section says what its options mean.
 

@@ -49,6 +49,11 @@ class TrainingConfig(Section):
     into as many forwards as it takes; a longer pair goes alone. Evaluation is packed so, too.
     Unset: forwards hold `per_device_train_batch_size` pairs, whatever their length."""
 
+    total_batch_size: int | None = None
+    """Pairs of one optimizer step over all devices, 1 or more, instead of
+    `gradient_accumulation_steps`: a run then makes the same steps on any number of devices, and may
+    go on with more or fewer. Unset: as that says."""
+
     gradient_accumulation_steps: int = 1
     """Forwards and backwards before one optimizer step, 1 (off) or more. The global batch is
     this times `per_device_train_batch_size` times the number of devices."""
@@ -113,6 +118,8 @@ class TrainingConfig(Section):
 
     def global_batch_size(self, world_size: int) -> int:
         """Pairs of one optimizer step over all devices."""
+        if self.total_batch_size is not None:
+            return self.total_batch_size
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
     def problems(self) -> list[Problem]:
@@ -125,6 +132,7 @@ class TrainingConfig(Section):
             *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
             *count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2),
             *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
+            *_batch_problems(self),
         ]
 
 
@@ -139,6 +147,14 @@ def _length_problems(section: TrainingConfig) -> list[Problem]:
         found.append(Problem("num_epochs", section.num_epochs, "it must be above 0"))
     if section.num_epochs is not None and section.max_train_steps is not None:
         found.append(_both("num_epochs", section.num_epochs, "max_train_steps"))
+    return found
+
+
+def _batch_problems(section: TrainingConfig) -> list[Problem]:
+    total, steps = section.total_batch_size, section.gradient_accumulation_steps
+    found = count("total_batch_size", total)
+    if total is not None and steps != 1:
+        found.append(_both("total_batch_size", total, "gradient_accumulation_steps"))
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from preftune.config.distributed import DistributedConfig
 from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
 from preftune.distributed.fsdp import FSDPEngine
+from preftune.distributed.peers import meet_peers
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.zero import ZeroEngine
 from preftune.errors import ConfigError, PreftuneError
@@ -86,8 +87,14 @@ def tell_peers(error: PreftuneError) -> NoReturn:
 class Runtime(Ranks):
     """One process among its peers."""
 
-    def __init__(self, precision: Precision, seed: int) -> None:
-        """Start the process group, if the launcher made one, and seed every generator."""
+    def __init__(self, precision: Precision, seed: int, collective_seconds: float = 7200.0) -> None:
+        """Start the process group, if the launcher made one, and seed every generator.
+
+        Args:
+            precision: that products are computed in.
+            seed: of every generator.
+            collective_seconds: how long to wait for the other processes.
+        """
         self.precision: Precision = precision
         # Accelerate keeps the first precision of a process for good; a Python session may well
         # train twice, in two precisions. The process group stays.
@@ -96,8 +103,7 @@ class Runtime(Ranks):
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            # One rank tokenises for the others, which may take longer than the default allows.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds))],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
         self._accelerator.gradient_accumulation_steps = 1
@@ -108,6 +114,7 @@ class Runtime(Ranks):
                 "yet; use one process, or torchrun for DDP"
             )
         set_seed(seed)
+        meet_peers(self.gather)
 
     @property
     def device(self) -> torch.device:

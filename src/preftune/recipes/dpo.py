@@ -84,7 +84,7 @@ def _train(
     limit = config.max_run_seconds
     deadline = None if limit is None else time.monotonic() + limit
     precision = resolve_precision(config.mixed_precision)
-    runtime = Runtime(precision, config.seed)
+    runtime = Runtime(precision, config.seed, config.collective_seconds)
     agree_on_start(config, runtime)
     start, pinned, tokenizer = check_setup(config, runtime)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)

@@ -353,8 +353,8 @@ class Run:
         if changed:
             raise CheckpointError(
                 f"{self.start.checkpoint} cannot go on to the same numbers here: "
-                f"{'; '.join(changed)}. Restore the files and versions of that run, or "
-                "start a new --output_dir"
+                f"{'; '.join(changed)}. Restore the files, versions and pairs a step of that run, "
+                "or start a new --output_dir"
             )
 
     def _identity(self) -> dict[str, Any]:

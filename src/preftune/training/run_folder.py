@@ -41,6 +41,7 @@ MAY_CHANGE = frozenset(
         "metric_for_best_model",
         "greater_is_better",
         "max_run_time",
+        "collective_timeout",
         "resume",
         "output_dir",
         "cache_dir",
@@ -51,6 +52,7 @@ MAY_CHANGE = frozenset(
         # only with as many pairs a step as it was made with.
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "total_batch_size",
         "per_device_eval_batch_size",
         "max_tokens_per_microbatch",
         "gradient_checkpointing",

@@ -1,9 +1,14 @@
 """Turn signals into requests that the loop answers between two steps."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SAME_SECONDS = 2.0
+"""Signals so close together are one: Slurm gives one to the launcher, which passes it on, and to
+each of its processes."""
 
 
 class SignalRequests:
@@ -14,6 +19,7 @@ class SignalRequests:
         self.stop: str | None = None
         """Name of the signal that asks to save and stop."""
         self._save = False
+        self._asked_at = 0.0
 
     def take_save(self) -> bool:
         """Whether a signal asks to save and go on; asks once."""
@@ -32,13 +38,16 @@ class SignalRequests:
 
     @contextmanager
     def stopping(self) -> Iterator["SignalRequests"]:
-        """Catch SIGTERM and SIGINT: save and stop; a second one ends the process at once."""
+        """Catch SIGTERM and SIGINT: save and stop; a later one ends the process at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.stop is not None:
+                if time.monotonic() - self._asked_at < SAME_SECONDS:
+                    return
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self.stop = signal.Signals(number).name
+            self._asked_at = time.monotonic()
 
         with _caught({signal.SIGTERM: handle, signal.SIGINT: handle}):
             yield self

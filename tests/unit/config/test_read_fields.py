@@ -25,6 +25,13 @@ from preftune.config.cache import (
 )
 from preftune.config.composed import ComposedConfig, sections
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.launch import (
+    LaunchHostsConfig,
+    LaunchKubernetesConfig,
+    LaunchLocalConfig,
+    LaunchSkypilotConfig,
+    LaunchSlurmConfig,
+)
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
@@ -41,6 +48,11 @@ CONFIGS = {
     "cache prune": CachePruneConfig,
     "cache export": CacheExportConfig,
     "cache verify": CacheVerifyConfig,
+    "launch local": LaunchLocalConfig,
+    "launch hosts": LaunchHostsConfig,
+    "launch slurm": LaunchSlurmConfig,
+    "launch kubernetes": LaunchKubernetesConfig,
+    "launch skypilot": LaunchSkypilotConfig,
 }
 CHECKS = {"__post_init__", "problems", "resolve", "cross_problems"}
 CLASSES = {
