@@ -51,7 +51,13 @@ class TrainingConfig(Section):
 
     gradient_accumulation_steps: int = 1
     """Forwards and backwards before one optimizer step, 1 (off) or more. The global batch is
-    this times `per_device_train_batch_size` times the number of devices."""
+    this times `per_device_train_batch_size` times the number of devices (of groups of devices:
+    `sequence_parallel_size`)."""
+
+    sequence_parallel_size: int = 1
+    """Processes that share each packed row, token by token, for rows too long for the memory of
+    one; 1 (off) or more. It must divide the number of processes and the model's attention heads.
+    A step takes the same pairs as on that many times fewer processes."""
 
     learning_rate: float = 5e-7
     """Highest learning rate of the schedule, above 0."""
@@ -111,9 +117,13 @@ class TrainingConfig(Section):
             return None
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
 
-    def global_batch_size(self, world_size: int) -> int:
-        """Pairs of one optimizer step over all devices."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+    def global_batch_size(self, shares: int) -> int:
+        """Pairs of one optimizer step.
+
+        Args:
+            shares: devices, or groups of devices that share each row.
+        """
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * shares
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
@@ -125,6 +135,7 @@ class TrainingConfig(Section):
             *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
             *count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2),
             *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
+            *count("sequence_parallel_size", self.sequence_parallel_size),
         ]
 
 

@@ -18,8 +18,12 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from preftune.distributed.sequence import SequenceGroup, num_groups
 from preftune.errors import ConfigError, PreftuneError
 
+TIMEOUT = timedelta(hours=6)
+"""How long a rank waits for another: rank 0 scores the reference alone, which may take longer than
+the default allows."""
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -63,11 +67,21 @@ class Runtime:
     """One process among its peers.
 
     Gradients: engines average over ranks. The step scales each rank's sum by `world_size`, so that
-    the averaged gradient is the sum over all ranks divided by the global count.
+    the averaged gradient is the sum over all ranks divided by the global count. Where several ranks
+    share each row, that sum over their parts is the gradient of the row.
     """
 
-    def __init__(self, precision: Precision, seed: int) -> None:
-        """Start the process group, if the launcher made one, and seed every generator."""
+    def __init__(self, precision: Precision, seed: int, sequence_parallel_size: int = 1) -> None:
+        """Start the process group, if the launcher made one, and seed every generator.
+
+        Args:
+            precision: of products.
+            seed: of all generators.
+            sequence_parallel_size: ranks that share each row.
+
+        Raises:
+            ConfigError: the processes cannot run so.
+        """
         self.precision: Precision = precision
         # Accelerate keeps the first precision of a process for good; a Python session may well
         # train twice, in two precisions. The process group stays.
@@ -76,8 +90,7 @@ class Runtime:
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            # Rank 0 scores the reference alone, which may take longer than the default allows.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
         self._accelerator.gradient_accumulation_steps = 1
@@ -88,6 +101,14 @@ class Runtime:
                 "yet; use one process, or torchrun for DDP"
             )
         set_seed(seed)
+        self.data_size = num_groups(self.world_size, sequence_parallel_size)
+        """How many shares a global batch is dealt into."""
+        self.data_rank = self.rank // sequence_parallel_size
+        """Whose share this rank works on, alone or with the others of its sequence group."""
+        self.sequence_group = None
+        """Who shares each row with this rank; None: nobody."""
+        if sequence_parallel_size > 1:
+            self.sequence_group = SequenceGroup(sequence_parallel_size, TIMEOUT)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +159,14 @@ class Runtime:
         if self.world_size == 1:
             return tensor
         return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def sum_shares(self, tensor: Tensor) -> Tensor:
+        """Sum over the shares of a batch, where each rank brings what it knows of its own."""
+        group = self.sequence_group
+        # All ranks of a sequence group know the same.
+        return self.all_reduce(
+            tensor if group is None or not group.rank else torch.zeros_like(tensor)
+        )
 
     def clip_gradients(self, model: nn.Module, max_norm: float | None) -> Tensor:
         """Global L2 norm of the gradients before clipping; clips unless `max_norm` is off."""

@@ -10,8 +10,9 @@ from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
-from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.model.layout_choice import choose_layout, use_layout
+from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
+from preftune.model.forward import PolicyModel
+from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
 from preftune.model.load import load_model
 from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
@@ -76,7 +77,7 @@ def _train(
     deadline = None if limit is None else time.monotonic() + limit
     start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
-    runtime = Runtime(precision, config.seed)
+    runtime = Runtime(precision, config.seed, config.sequence_parallel_size)
     runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
@@ -92,7 +93,7 @@ def _train(
         display.say(sentence)
     sampler = PairSampler(
         len(pairs.train.examples),
-        config.global_batch_size(runtime.world_size),
+        config.global_batch_size(runtime.data_size),
         config.resolved_data_seed,
         config.shuffle,
     )
@@ -115,6 +116,7 @@ def _train(
         )
     )
     use_layout(loaded.policy, layout)
+    share_rows(loaded.policy, layout, runtime)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     live_reference = LiveReference.of(config, loaded.policy, runtime)
@@ -200,6 +202,26 @@ def _train(
         raise
     finally:
         run.release()
+
+
+def share_rows(policy: PolicyModel, layout: LayoutChoice, runtime: Runtime) -> None:
+    """Let the ranks of each sequence group, where there are such, share the rows of layouts.
+
+    Args:
+        policy: with its attention function.
+        layout: how rows go through it.
+        runtime: the ranks.
+
+    Raises:
+        ModelError: rows are not packed.
+    """
+    group = runtime.sequence_group
+    if group is not None and layout.name != "shared_prefix":
+        raise ModelError(
+            f"sequence_parallel_size is {group.size}, which shares out packed rows, and "
+            f"{layout.why}; set it to 1"
+        )
+    policy.sequence_group = group
 
 
 def count_steps(config: ExperimentConfig, sampler: PairSampler) -> int:

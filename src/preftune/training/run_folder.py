@@ -53,6 +53,7 @@ MAY_CHANGE = frozenset(
         "per_device_eval_batch_size",
         "max_tokens_per_microbatch",
         "gradient_checkpointing",
+        "sequence_parallel_size",
     }
 )
 MAKER = "preftune"
