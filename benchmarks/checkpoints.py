@@ -19,6 +19,7 @@ import torch
 from common import VOCABULARY, make_model
 
 from preftune.config.training import TrainingConfig
+from preftune.distributed.engine import TorchEngine
 from preftune.training.checkpoint import load_checkpoint, snapshot, write_checkpoint
 from preftune.training.generators import generator_tensors
 from preftune.training.optimizer import make_optimizer
@@ -41,7 +42,8 @@ class Training:
         """
         self.policy = make_model(layers)
         optimizer = make_optimizer(self.policy, TrainingConfig())
-        self.state = TrainState.at_start(self.policy, optimizer, CPU)
+        self.engine = TorchEngine("one process", self.policy, optimizer, None)
+        self.state = TrainState.at_start(self.engine, CPU)
         self.ids = torch.randint(VOCABULARY, (1, tokens))
         self.held_up = 0.0
         optimizer.register_step_pre_hook(lambda *_: self._note(-1))
@@ -56,8 +58,7 @@ class Training:
         """One step; the CPU seconds that this thread took, whoever else was on the processor."""
         began = time.thread_time()
         self.policy.model(input_ids=self.ids, labels=self.ids).loss.backward()
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.engine.update(skip=torch.zeros(()))
         self.state.step += 1
         return time.thread_time() - began
 

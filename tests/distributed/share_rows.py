@@ -1,6 +1,6 @@
 """Run by torchrun: processes that share packed rows against each of them alone, in fp64.
 
-    torchrun --nproc_per_node 2 share_rows.py SIZE CASE...
+torchrun --nproc_per_node 2 share_rows.py SIZE CASE...
 """
 
 import sys
@@ -104,7 +104,7 @@ def check_mutant(runtime: Runtime) -> None:
     try:
         check("llama", runtime)
     except AssertionError as error:
-        name, off = error.args[0]
+        (_, off) = error.args[0]
         assert abs(off - (size - 1)) < 1e-6, off
     else:
         raise SystemExit("a gradient that is too large was not seen")

@@ -1,14 +1,19 @@
 """A step on a GPU makes the host wait for nothing: CUDA itself raises where it would."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from preftune.batching.batcher import RowBatcher
+from preftune.config.distributed import DistributedConfig
+from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
 from preftune.losses import DPO
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import choose_layout
 from preftune.objective import PairObjective
+from preftune.training.optimizer import make_optimizer
 from preftune.training.step import TrainState, train_step
 from tests.examples import make_examples
 from tests.tiny import tiny_model
@@ -24,9 +29,9 @@ def test_a_step_waits_for_nothing(max_skipped):
     runtime = Runtime("bf16", seed=0)
     policy = PolicyModel(tiny_model().to(runtime.device))
     layout = choose_layout(policy, "shared_prefix", "auto", 200).name
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
-    model, prepared = runtime.prepare(policy, optimizer)
-    state = TrainState.at_start(model, prepared, runtime.device)
+    make = partial(make_optimizer, config=TrainingConfig())
+    engine = runtime.spread(policy, make, DistributedConfig(), max_grad_norm=1.0)
+    state = TrainState.at_start(engine, runtime.device)
     examples = make_examples(8)
     reference = torch.zeros(8, 2, dtype=torch.float64, device=runtime.device)
     batcher = RowBatcher(examples, reference, layout, runtime.device)
@@ -34,7 +39,7 @@ def test_a_step_waits_for_nothing(max_skipped):
 
     def step() -> None:
         micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
-        options = {"learning_rate": 1e-4, "max_grad_norm": 1.0, "max_skipped": max_skipped}
+        options = {"learning_rate": 1e-4, "max_skipped": max_skipped}
         train_step(state, micro_batches, objective, runtime, num_rows=8, **options)
 
     step()  # kernels load and buffers are made

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, RowSizes
 from preftune.batching.sampler import PairSampler
+from preftune.config.distributed import DistributedConfig
 from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
 from preftune.losses import DPOLossType, make_loss
@@ -48,6 +50,7 @@ def short_training(
     perturbation: float = 0.05,
     make_objective: Callable[..., PairObjective] = PairObjective,
     make_runtime: Callable[..., Runtime] = Runtime,
+    engines: DistributedConfig | None = None,
 ) -> Trace:
     """Train a tiny Llama from a perturbed policy and record every step.
 
@@ -75,15 +78,21 @@ def short_training(
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
     )
-    model, prepared = runtime.prepare(policy, make_optimizer(policy, config))
-    state = TrainState.at_start(model, prepared, runtime.device)
+    engine = runtime.spread(
+        policy,
+        partial(make_optimizer, config=config),
+        engines or DistributedConfig(),
+        max_grad_norm=None,
+    )
+    state = TrainState.at_start(engine, runtime.device)
     batcher = RowBatcher(examples, reference, Layout("concatenated"), runtime.device)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
-    sampler = PairSampler(num_pairs, micro_batch * accumulation, seed=3)
+    rank, ranks = runtime.rank, runtime.world_size
+    sampler = PairSampler(num_pairs, micro_batch * accumulation * ranks, seed=3)
     batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)
     trace = Trace([], [], start, 0.0)
     for step in range(num_epochs * sampler.steps_per_epoch):
-        shares = batching.split(sampler.batch(step))
+        shares = batching.split(sampler.batch(step), rank, ranks)
         train_step(
             state,
             [batcher(share) for share in shares],
@@ -91,13 +100,12 @@ def short_training(
             runtime,
             num_rows=len(sampler.batch(step)),
             learning_rate=learning_rate,
-            max_grad_norm=None,
         )
         means = state.window.means(runtime.all_reduce)
         state.window.clear()
         trace.losses.append(means["loss"])
         trace.grad_norms.append(means["grad_norm"])
-    trace.weights = _flat(policy)
+    trace.weights = torch.cat([engine.whole(p).flatten() for p in policy.parameters()])
     trace.moved = float((trace.weights - start).abs().max())
     return trace
 

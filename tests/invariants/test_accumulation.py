@@ -113,8 +113,11 @@ class TokenWeighted(PairObjective):
 class TimesAccumulation(Runtime):
     """Mutant: gradients are summed over micro-batches where their share was meant."""
 
-    def backward(self, loss):
-        super().backward(loss * 4)
+    def spread(self, *args, **options):
+        engine = super().spread(*args, **options)
+        backward = engine.backward
+        engine.backward = lambda loss: backward(loss * 4)
+        return engine
 
 
 MUTANTS = {

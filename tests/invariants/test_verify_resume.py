@@ -33,7 +33,7 @@ def test_a_limit_of_space_does_not_take_the_checkpoint_to_resume_from(tmp_path):
 def test_optimizer_state_that_is_lost_is_seen(tmp_path, capsys, monkeypatch):
     def load_without_moments(folder, state, model, **options):
         load_checkpoint(folder, state, model, **options)
-        state.optimizer.state.clear()
+        state.engine.optimizer.state.clear()
 
     load_checkpoint = checkpoint.load_checkpoint
     monkeypatch.setattr(run, "load_checkpoint", load_without_moments)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
+from preftune.config.distributed import DistributedConfig
 from preftune.config.dpo import DPOConfig
 from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import Runtime
@@ -71,8 +73,13 @@ def train(
             base, examples, store, layout=layout, device=runtime.device
         ).sums
     training = TrainingConfig(learning_rate=LEARNING_RATE)
-    model, optimizer = runtime.prepare(policy, make_optimizer(policy, training))
-    state = TrainState.at_start(model, optimizer, runtime.device, following)
+    engine = runtime.spread(
+        policy,
+        partial(make_optimizer, config=training),
+        DistributedConfig(),
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    state = TrainState.at_start(engine, runtime.device, following)
     columns = {}
     if config.unpaired:
         columns["is_desirable"] = torch.tensor([e.roles[0] == "chosen" for e in examples])
@@ -94,7 +101,6 @@ def train(
             runtime,
             num_rows=BATCH,
             learning_rate=LEARNING_RATE,
-            max_grad_norm=MAX_GRAD_NORM,
         )
         means = state.window.means(runtime.all_reduce)
         state.window.clear()

@@ -119,8 +119,11 @@ def test_trls_form_is_another_than_the_papers(case, trained, trl_trained):
 class TwiceTheGradient(Runtime):
     """Mutant: the loss is right, its gradient twice what it should be."""
 
-    def backward(self, loss):
-        super().backward(2 * loss)
+    def spread(self, *args, **options):
+        engine = super().spread(*args, **options)
+        backward = engine.backward
+        engine.backward = lambda loss: backward(2 * loss)
+        return engine
 
 
 def test_a_gradient_twice_as_large_is_seen(trained, trl_trained):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from preftune.config.checkpoint import CheckpointConfig
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
+from preftune.config.distributed import DistributedConfig
 from preftune.config.dpo import DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
@@ -22,6 +23,7 @@ class ExperimentConfig(
     ModelConfig,
     DPOConfig,
     TrainingConfig,
+    DistributedConfig,
     GuardConfig,
     DatasetConfig,
     LoggingConfig,

@@ -54,11 +54,6 @@ class TrainingConfig(Section):
     this times `per_device_train_batch_size` times the number of devices (of groups of devices:
     `sequence_parallel_size`)."""
 
-    sequence_parallel_size: int = 1
-    """Processes that share each packed row, token by token, for rows too long for the memory of
-    one; 1 (off) or more. It must divide the number of processes and the model's attention heads.
-    A step takes the same pairs as on that many times fewer processes."""
-
     learning_rate: float = 5e-7
     """Highest learning rate of the schedule, above 0."""
 
@@ -135,7 +130,6 @@ class TrainingConfig(Section):
             *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
             *count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2),
             *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
-            *count("sequence_parallel_size", self.sequence_parallel_size),
         ]
 
 

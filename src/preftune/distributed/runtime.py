@@ -1,7 +1,8 @@
-"""The only importer of Accelerate: devices, ranks, precision, gradient sync, clipping."""
+"""One process among its peers: device, ranks, precision, collectives. Imports Accelerate."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -16,9 +17,12 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from preftune.config.distributed import DistributedConfig
+from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
+from preftune.distributed.fsdp import FSDPEngine
 from preftune.distributed.sequence import SequenceGroup, num_groups
+from preftune.distributed.zero import ZeroEngine
 from preftune.errors import ConfigError, PreftuneError
 
 TIMEOUT = timedelta(hours=6)
@@ -64,12 +68,7 @@ def leave_process_group() -> None:
 
 
 class Runtime:
-    """One process among its peers.
-
-    Gradients: engines average over ranks. The step scales each rank's sum by `world_size`, so that
-    the averaged gradient is the sum over all ranks divided by the global count. Where several ranks
-    share each row, that sum over their parts is the gradient of the row.
-    """
+    """One process among its peers."""
 
     def __init__(self, precision: Precision, seed: int, sequence_parallel_size: int = 1) -> None:
         """Start the process group, if the launcher made one, and seed every generator.
@@ -130,9 +129,53 @@ class Runtime:
         """Whether this process writes files and speaks."""
         return self._accelerator.is_main_process
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-        """Wrap model and optimizer for the engine in use."""
-        return self._accelerator.prepare(model, optimizer)
+    def spread(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: DistributedConfig,
+        *,
+        max_grad_norm: float | None,
+    ) -> Engine:
+        """Spread a model over the ranks, to be trained.
+
+        Args:
+            model: with the same weights on every rank; changed in place.
+            make_optimizer: makes the optimizer of what this rank holds.
+            config: which engine, and how.
+            max_grad_norm: longest gradient; None or 0 is off.
+        """
+        if config.zero_stage is not None:
+            self._need_process_group()
+            self.prepare_for_inference(model)  # gives the module itself its precision
+            return ZeroEngine(
+                model, make_optimizer, config, max_grad_norm=max_grad_norm, device=self.device
+            )
+        if config.fsdp != "no":
+            self._need_process_group()
+            return FSDPEngine(
+                model,
+                make_optimizer,
+                config,
+                max_grad_norm=max_grad_norm,
+                compute_dtype=AUTOCAST[self.precision],
+                device=self.device,
+                world_size=self.world_size,
+                host_size=self._host_size(),
+            )
+        optimizer = make_optimizer(model)
+        wrapped = self._accelerator.prepare_model(model)
+        return TorchEngine(config.engine, wrapped, optimizer, max_grad_norm)
+
+    def _need_process_group(self) -> None:
+        """A group of one, where no launcher made one: sharding engines want to have it."""
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+    def _host_size(self) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def prepare_for_inference(self, model: nn.Module) -> nn.Module:
         """Give a model the same precision as in training, without an optimizer or gradients."""
@@ -145,14 +188,6 @@ class Runtime:
         models[:] = [kept for kept in models if kept is not model]
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
-
-    def accumulate(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Leave gradients unsynchronised until the last micro-batch of a step."""
-        return nullcontext() if is_last else self._accelerator.no_sync(model)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients."""
-        self._accelerator.backward(loss)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks; on one process, the tensor itself."""
@@ -167,26 +202,6 @@ class Runtime:
         return self.all_reduce(
             tensor if group is None or not group.rank else torch.zeros_like(tensor)
         )
-
-    def clip_gradients(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        """Global L2 norm of the gradients before clipping; clips unless `max_norm` is off."""
-        norm = self._accelerator.clip_grad_norm_(
-            list(model.parameters()), max_norm if max_norm else float("inf")
-        )
-        assert norm is not None  # only engines that clip by themselves return nothing
-        return norm
-
-    def optimizer_step(self, optimizer: Any, *, skip: Tensor) -> None:
-        """Update the weights, unless the device flag `skip` (1.0 or 0.0) is set.
-
-        Fused optimizers read `found_inf` on the device and leave weights, moments and step count
-        alone when it is set: the host never waits for the flag.
-        """
-        inner = getattr(optimizer, "optimizer", optimizer)
-        inner.found_inf = skip
-        inner.grad_scale = None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, by rank, on every rank; for small things off the device."""

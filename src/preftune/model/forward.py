@@ -1,9 +1,7 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
-from dataclasses import dataclass
 from functools import cached_property, reduce
-from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,9 +25,11 @@ FORWARD_VERSION = 3
 """Part of the key of stored reference log-probs: raise it when the numbers may change."""
 
 
-@dataclass
-class SequenceLogps:
-    """Log-probs of the answers of one micro-batch, in the layout's numbering of answers."""
+class SequenceLogps(NamedTuple):
+    """Log-probs of the answers of one micro-batch, in the layout's numbering of answers.
+
+    A tuple, because engines look for the tensors of a module's output to hook its backward to.
+    """
 
     sums: Float[Tensor, " completions"]
     """Sum over the scored tokens of each answer, nats, fp64: an fp32 sum of a few thousand nats is
@@ -121,7 +121,7 @@ class PolicyModel(nn.Module):
             weighted=joined(weighted) if weighted else None,
             alignment=joined(alignments) if alignments else None,
             per_token=[pieces[i] for i in at],
-            routing=reduce(add, routings) if routings else None,
+            routing=reduce(Routing.plus, routings) if routings else None,
         )
 
     def _block_logps(self, block: Block, with_alignment: bool, with_routing: bool) -> SequenceLogps:

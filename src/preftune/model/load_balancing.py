@@ -2,8 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,8 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from preftune.errors import ModelError
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """What the routers of all layers did with the tokens of a micro-batch."""
 
     taken: Float[Tensor, " experts"]
@@ -24,7 +22,7 @@ class Routing:
     num_tokens: Float[Tensor, ""]
     """Tokens, counted once a layer."""
 
-    def __add__(self, other: "Routing") -> "Routing":
+    def plus(self, other: "Routing") -> "Routing":
         """Of the tokens of both."""
         return Routing(
             self.taken + other.taken,

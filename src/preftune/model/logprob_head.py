@@ -131,13 +131,17 @@ def _is_plain_linear(head: nn.Module) -> bool:
     Not so for adapters around the head and quantised layers (subclasses or other modules),
     quantised or sharded weights (subclasses of Tensor), `nn.Identity`, and a head whose call does
     more: hooks, or a `forward` replaced on the instance, as engines do that bring weights in late.
+    ZeRO-3 hooks every module, and brings in any weight that a forward reaches for.
     """
+    if type(head) is not nn.Linear:
+        return False
+    by_zero = hasattr(head.weight, "ds_id")
+    if not by_zero and (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)):
+        return False
     return (
-        type(head) is nn.Linear
-        and type(head.weight) in (nn.Parameter, Tensor)
+        type(head.weight) in (nn.Parameter, Tensor)
         and head.weight.dim() == 2
         and head.weight.is_floating_point()
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
     )
 
 

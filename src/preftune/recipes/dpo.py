@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from preftune.batching.micro_batches import MicroBatching
@@ -122,9 +123,14 @@ def _train(
     live_reference = LiveReference.of(config, loaded.policy, runtime)
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
-    model, optimizer = runtime.prepare(loaded.policy, make_optimizer(loaded.policy, config))
-    run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
     fields = namespace_fields(loaded.policy, precision=precision, layout=layout.name)
+    engine = runtime.spread(
+        loaded.policy,
+        partial(make_optimizer, config=config),
+        config,
+        max_grad_norm=config.max_grad_norm,
+    )
+    run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
     run.manifest["model"] = {
         "commit": pinned.model_revision,
         "weights": fields["weights"],
@@ -156,7 +162,7 @@ def _train(
             "compared before the first step, because they may well differ"
         )
     check_step_zero(
-        model,
+        engine.model,
         objective,
         batcher,
         compared,
@@ -166,7 +172,7 @@ def _train(
     )
 
     # ---------------------------------------------------------------- train
-    state = TrainState.at_start(model, optimizer, runtime.device, live_reference)
+    state = TrainState.at_start(engine, runtime.device, live_reference)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]

@@ -242,7 +242,7 @@ class Run:
         folder, checkpoint = self.start.folder, self.start.checkpoint
         metrics_file = MetricsFile(folder.metrics)
         offset = 0
-        self.checkpoints.begin(state.optimizer)
+        self.checkpoints.begin(state.engine.optimizer)
         if checkpoint is not None:
             document = read_document(checkpoint)
             self._check_same_start(document["identity"])

@@ -252,7 +252,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(state: TrainState, model: nn.Module) -> dict[str, Tensor]:
-    moments = state.optimizer.state
+    moments = state.engine.optimizer.state
     return {
         f"{key}/{name}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
@@ -273,7 +273,7 @@ def _optimizer_targets(file: TensorFile, state: TrainState, model: nn.Module) ->
     for label, (dtype, shape) in file.tensors.items():
         key, name = label.split("/", 1)
         parameter = parameters[name]
-        held = state.optimizer.state[parameter]
+        held = state.engine.optimizer.state[parameter]
         if key not in held or held[key].shape != shape or held[key].dtype != dtype:
             # Fused kernels want the step count beside the moments, on the parameter's device.
             held[key] = torch.empty(shape, dtype=dtype, device=parameter.device)

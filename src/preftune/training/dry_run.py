@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
@@ -64,17 +63,9 @@ def try_heaviest(
             lambda: training_remedies(len(held), positions, accumulation),
         ),
     ):
-        _make_gradients(state.model)
-        runtime.optimizer_step(state.optimizer, skip=torch.ones((), device=device))
-        if num_micro_batches > 1:
-            _make_gradients(state.model)
+        state.engine.make_state(with_gradients=num_micro_batches > 1)
         state.model.train()
-        output = objective(state.model, batcher(rows))
-        runtime.backward(output.loss_sum)
-    state.optimizer.zero_grad(set_to_none=True)
-
-
-def _make_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+        with state.engine.accumulate(is_last=True):
+            output = objective(state.model, batcher(rows))
+            state.engine.backward(output.loss_sum)
+    state.engine.drop_gradients()

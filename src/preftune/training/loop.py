@@ -119,7 +119,6 @@ class TrainingLoop:
                 self.runtime,
                 num_rows=num_rows,
                 learning_rate=self.schedule(step),
-                max_grad_norm=self.config.max_grad_norm,
                 max_skipped=self.config.allowed_skips,
             )
         self._unchecked[step + 1] = num_tokens, self.state.num_skipped

@@ -27,7 +27,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """AdamW or SGD over the trainable parameters.
 
     Weight decay leaves out one-dimensional parameters (biases and norms). The fused kernels are
-    used because they can skip an update on the device (`Runtime.optimizer_step`).
+    used because they can skip an update on the device (`Engine.update`).
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -58,8 +58,7 @@ class CheckpointSaver:
         self._hook: Any = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preftune-checkpoint")
         if in_background:
-            inner = getattr(optimizer, "optimizer", optimizer)  # inside the engine's wrapper
-            self._hook = inner.register_step_pre_hook(self._before_update)
+            self._hook = optimizer.register_step_pre_hook(self._before_update)
 
     @property
     def busy(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.batching.batcher import MicroBatch
+from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.metrics import MetricSums
 from preftune.objective import GlobalBatch, Objective, gathered
@@ -19,9 +20,8 @@ from preftune.training.guards import Guards
 class TrainState:
     """What changes while training; a checkpoint holds all of it."""
 
-    model: nn.Module
-    """The policy, wrapped by the engine."""
-    optimizer: Any
+    engine: Engine
+    """Holds the policy and its optimizer."""
     step: int
     """Optimizer steps done."""
     num_tokens: Tensor
@@ -45,8 +45,7 @@ class TrainState:
     @classmethod
     def at_start(
         cls,
-        model: nn.Module,
-        optimizer: Any,
+        engine: Engine,
         device: torch.device,
         reference: LiveReference | None = None,
     ) -> "TrainState":
@@ -54,8 +53,7 @@ class TrainState:
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         bad_step = torch.zeros((), dtype=torch.int64, device=device)
         return cls(
-            model=model,
-            optimizer=optimizer,
+            engine=engine,
             step=0,
             num_tokens=num_tokens,
             bad_step=bad_step,
@@ -63,6 +61,11 @@ class TrainState:
             window=MetricSums(),
             reference=reference,
         )
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy, wrapped by the engine."""
+        return self.engine.model
 
     def judge(self, finite: Tensor, max_skipped: int) -> Tensor:
         """Count a step that is not finite; on the device, whether its update is left out.
@@ -88,7 +91,6 @@ def train_step(
     *,
     num_rows: int,
     learning_rate: float,
-    max_grad_norm: float | None,
     max_skipped: int = 0,
 ) -> None:
     """Train on one global batch.
@@ -103,21 +105,21 @@ def train_step(
         runtime: the ranks.
         num_rows: rows of the global batch, all ranks' together.
         learning_rate: of this step.
-        max_grad_norm: clip the global L2 norm to this; None or 0 is off.
         max_skipped: batches of the run that are left out if their loss or gradient is not finite.
             A batch that is left out changes nothing but the counters.
     """
-    state.model.train()
-    batches = _global_batches(state.model, micro_batches, objective, runtime, num_rows)
+    engine = state.engine
+    engine.model.train()
+    batches = _global_batches(engine.model, micro_batches, objective, runtime, num_rows)
 
     # ---------------------------------------------------------------- forward and backward
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     running, metrics = None, MetricSums()
     for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True), 1):
-        with runtime.accumulate(state.model, is_last=number == len(micro_batches)):
-            output = objective(state.model, micro_batch, batch=batch, running=state.running)
+        with engine.accumulate(is_last=number == len(micro_batches)):
+            output = objective(engine.model, micro_batch, batch=batch, running=state.running)
             # Engines average gradients over ranks: world_size turns the average into the sum.
-            runtime.backward(output.loss_sum * (runtime.world_size / num_rows))
+            engine.backward(output.loss_sum * (runtime.world_size / num_rows))
         loss_sum += output.metrics["loss"].total
         running = output.running
         for name, metric in output.metrics.items():
@@ -127,12 +129,11 @@ def train_step(
     num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_rows)
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_tokens)])
     global_loss, global_tokens = runtime.sum_shares(totals)
-    grad_norm = runtime.clip_gradients(state.model, max_grad_norm)
+    grad_norm = engine.clip_gradients()
     finite = torch.isfinite(grad_norm) & torch.isfinite(global_loss)
     skip = state.judge(finite, max_skipped)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    runtime.optimizer_step(state.optimizer, skip=skip.float())
+    engine.set_learning_rate(learning_rate)
+    engine.update(skip=skip.float())
     if running is not None:
         before = torch.zeros_like(running) if state.running is None else state.running
         state.running = torch.where(skip, before, running)

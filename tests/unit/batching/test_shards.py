@@ -46,7 +46,9 @@ def test_the_parts_make_the_row(n, seed, size, is_limited):
     counts = [len(shard.scored) for shard in shards]
     assert max(counts) - min(counts) <= 4 * n
     if is_limited:  # each rank sees the longest sequence
-        assert {int(shard.position_ids.max()) for shard in shards} == {int(block.position_ids.max())}
+        assert {int(shard.position_ids.max()) for shard in shards} == {
+            int(block.position_ids.max())
+        }
 
 
 def test_padded_rows_are_not_shared():

@@ -1,0 +1,143 @@
+"""What spreads a model over the ranks, and updates it: the same steps by whichever engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+MakeOptimizer = Callable[[nn.Module], Optimizer]
+
+
+class Engine(ABC):
+    """A model and its optimizer.
+
+    Engines average gradients over ranks. The step scales each rank's sum by the number of ranks, so
+    that the average is the sum over all ranks divided by the global count.
+    """
+
+    name: str
+    """What people call it."""
+    model: nn.Module
+    """To be called; gradients go through it."""
+    optimizer: Any
+    """Holds `param_groups` and, by parameter, `state`."""
+
+    @abstractmethod
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Where a micro-batch's forward and backward run.
+
+        Args:
+            is_last: whether it is the step's last one, after which gradients are those of all
+                ranks.
+        """
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+
+    @abstractmethod
+    def clip_gradients(self) -> Tensor:
+        """Scale gradients that are longer than `max_grad_norm` to it.
+
+        Returns:
+            Their global L2 norm before that; not finite where one of them is not.
+        """
+
+    @abstractmethod
+    def update(self, *, skip: Tensor) -> None:
+        """Update the weights and drop the gradients.
+
+        Args:
+            skip: device flag, 1.0 or 0.0; if it is set, only the gradients go.
+        """
+
+    @abstractmethod
+    def make_state(self, *, with_gradients: bool) -> None:
+        """Hold what a step holds, before the first one: optimizer state, at its zeros.
+
+        Args:
+            with_gradients: leave gradients of zero, too.
+        """
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has added."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer of the model, put together from all ranks, on every rank."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+class TorchEngine(Engine):
+    """Parameters, gradients and optimizer are PyTorch's own."""
+
+    def __init__(
+        self, name: str, model: nn.Module, optimizer: Optimizer, max_grad_norm: float | None
+    ) -> None:
+        """Take what is spread over the ranks already.
+
+        Args:
+            name: what people call it.
+            model: to be called.
+            optimizer: over its parameters; a fused one, which can skip an update on the device.
+            max_grad_norm: longest gradient; None or 0 is off.
+        """
+        self.name = name
+        self.model = model
+        self.optimizer = optimizer
+        self._max_norm = max_grad_norm or float("inf")
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Leaves gradients unsynchronised until the last micro-batch."""
+        if is_last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        loss.backward()
+
+    def clip_gradients(self) -> Tensor:
+        """Scale long gradients; their norm before that."""
+        return nn.utils.clip_grad_norm_(self._parameters(), self._max_norm)
+
+    def update(self, *, skip: Tensor) -> None:
+        """Update the weights, unless the flag is set; the host never waits for the flag.
+
+        Fused optimizers read `found_inf` on the device and leave weights, moments and step count
+        alone when it is set.
+        """
+        self.optimizer.found_inf = skip
+        self.optimizer.grad_scale = None
+        self.optimizer.step()
+        self.drop_gradients()
+
+    def make_state(self, *, with_gradients: bool) -> None:
+        """A skipped update makes the optimizer's state."""
+        self._make_gradients()
+        self.update(skip=torch.ones((), device=next(self.model.parameters()).device))
+        if with_gradients:
+            self._make_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has added."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _make_gradients(self) -> None:
+        for parameter in self._parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        return list(self.model.parameters())

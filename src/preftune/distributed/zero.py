@@ -1,0 +1,174 @@
+"""DeepSpeed ZeRO: optimizer state, gradients and weights cut over the ranks, by stages."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preftune.config.distributed import LARGEST_STAGE, DistributedConfig
+from preftune.distributed.engine import Engine, MakeOptimizer
+
+
+class ZeroEngine(Engine):
+    """A DeepSpeed engine that is driven micro-batch by micro-batch.
+
+    DeepSpeed counts accumulation, clips and skips by its own rules where it is let; here it is told
+    when a step ends, gets `max_grad_norm`, and updates only when the step says so. The host
+    waits for the norm in every step, as DeepSpeed itself does.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: DistributedConfig,
+        *,
+        max_grad_norm: float | None,
+        device: torch.device,
+    ) -> None:
+        """Cut what the stage says.
+
+        Args:
+            model: whole, with the same weights on every rank.
+            make_optimizer: makes the optimizer of its parameters.
+            config: what to cut, and where to keep it.
+            max_grad_norm: longest gradient; None or 0 is off.
+            device: of this rank.
+        """
+        deepspeed = _deepspeed(device)
+        assert config.zero_stage is not None
+        self.name = config.engine
+        self._stage = config.zero_stage
+        self._max_norm = max_grad_norm or float("inf")
+        self._norm = torch.zeros((), device=device)
+        with _quiet():
+            self.model, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(model),
+                config=deepspeed_config(config, max_grad_norm, device),
+                dist_init_required=False,
+            )
+        if self._stage:
+            self._take_over_norms()
+
+    def _take_over_norms(self) -> None:
+        """Let DeepSpeed's update read the norm that is known by then."""
+        optimizer = self.optimizer
+        if self._stage == LARGEST_STAGE:
+            self._norms = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._norm]
+        else:
+            norm = optimizer.scaled_global_norm
+            self._norms = lambda: [torch.as_tensor(norm())]
+            optimizer.scaled_global_norm = lambda: self._norm
+
+    @contextmanager
+    def accumulate(self, *, is_last: bool) -> Iterator[None]:
+        """Stages 0 and 1 reduce gradients with the last micro-batch, 2 and 3 with each."""
+        self.model.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients."""
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def clip_gradients(self) -> Tensor:
+        """The gradients' norm; from stage 1 on DeepSpeed clips them in its update."""
+        if self._stage == 0:
+            return nn.utils.clip_grad_norm_(list(self.model.parameters()), self._max_norm)
+        norms = torch.stack(self._norms()).to(self.model.device)
+        # DeepSpeed's word for a norm that is not finite is -1.
+        self._norm = torch.linalg.vector_norm(torch.where(norms < 0, float("inf"), norms))
+        return self._norm
+
+    def update(self, *, skip: Tensor) -> None:
+        """Update the weights and drop the gradients; one wait for the device."""
+        if self._stage == 0:
+            self.optimizer.found_inf, self.optimizer.grad_scale = skip, None
+        else:
+            # DeepSpeed would compute the norm again, and leaves out an update whose norm is not
+            # finite, after which its state is as after any other.
+            self._norm = torch.where(skip > 0, float("inf"), self._norm)
+        self.model.set_gradient_accumulation_boundary(True)
+        with _quiet():
+            self.model.step()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer of the model, put together from all ranks, on every rank."""
+        if self._stage < LARGEST_STAGE or not hasattr(tensor, "ds_tensor"):
+            return tensor.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(tensor):
+            return tensor.detach().clone()
+
+    def make_state(self, *, with_gradients: bool) -> None:
+        """DeepSpeed has made gradient buffers at its start; PyTorch's moments come with a step."""
+
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has added."""
+        if self._stage == 0:
+            self.model.zero_grad()
+            return
+        self._norm = torch.full((), float("inf"), device=self.model.device)
+        self.update(skip=torch.ones((), device=self.model.device))
+
+
+def deepspeed_config(
+    config: DistributedConfig, max_grad_norm: float | None, device: torch.device
+) -> dict[str, Any]:
+    """What DeepSpeed is told. Nothing in it is "auto"; the rest is DeepSpeed's own default.
+
+    Args:
+        config: stage and offload.
+        max_grad_norm: see `ZeroEngine`.
+        device: of this rank.
+    """
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if config.offload_param:
+        zero["offload_param"] = host
+    if config.zero_hpz_partition_size is not None:
+        zero["zero_hpz_partition_size"] = config.zero_hpz_partition_size
+    return {
+        # Pairs are counted, and micro-batches accumulated, by the step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": (max_grad_norm or 0.0) if config.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The package, for the device in use."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that nothing launched
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with _quiet():
+        import deepspeed
+    # Collectives in shared memory, for which it would call a compiler first; gloo does them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DeepSpeed's own talk, which goes to the same terminal as the run's one live view."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
