@@ -186,7 +186,7 @@ class Runtime:
         # Accelerate keeps a list of all it has prepared, and its wrapped forward is a cycle.
         models = self._accelerator._models
         models[:] = [kept for kept in models if kept is not model]
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
