@@ -17,6 +17,7 @@ from preftune.distributed.runtime import Runtime, leave_process_group
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.schema import Completion, TokenizedExample
+from tests.invariants.test_host_syncs import CountSyncs
 from tests.unit.model.test_layouts import MIXTURES, PACKED, batch, make_policy
 
 LIMIT = 23
@@ -112,6 +113,20 @@ def check_mutant(runtime: Runtime) -> None:
         sequence._Total.backward = right
 
 
+def check_waits(runtime: Runtime) -> None:
+    """Nothing makes the host read a number of the device."""
+    group = runtime.sequence_group
+    assert group is not None
+    policy = make_policy(*CASES["llama"])
+    policy.model.set_attn_implementation(SEGMENTS)
+    policy.sequence_group = group
+    part = RowPart(group.rank, group.size)
+    layout = build_layout(batch(), Layout("shared_prefix", policy.limits, part=part))
+    with CountSyncs() as counter:
+        pair_logps(policy, layout, with_alignment=True).sums.sum().backward()
+    assert not counter.seen, counter.seen
+
+
 def main() -> None:
     """Check the cases of the command line."""
     torch.set_num_threads(1)
@@ -119,6 +134,7 @@ def main() -> None:
     for name in sys.argv[2:] or CASES:
         check(name, runtime)
     check_mutant(runtime)
+    check_waits(runtime)
     leave_process_group()
 
 
