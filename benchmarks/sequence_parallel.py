@@ -115,7 +115,8 @@ def make_pair(options: argparse.Namespace) -> TokenizedExample:
 
 def measure(options: argparse.Namespace) -> None:
     """Print MiB and seconds without gradient and with, and MiB sent in the latter."""
-    runtime = Runtime("fp32", 0, int(os.environ["WORLD_SIZE"]))
+    runtime = Runtime("fp32", 0)
+    runtime.share_rows(runtime.world_size)
     policy = make_policy(options)
     group = policy.sequence_group = runtime.sequence_group
     part = None if group is None else RowPart(group.rank, group.size)

@@ -5,6 +5,9 @@ class PreftuneError(Exception):
     """Base of all errors raised on purpose; its text says what, where and what to do."""
 
     exit_code = 1
+    rank: int | None = None
+    """This process, where every rank raises the error, which rank 0 then tells; None where it is
+    raised here alone."""
 
     def __init__(self, problems: list[str] | str) -> None:
         """Keep the problems and join them into one message.

@@ -130,7 +130,8 @@ def check_waits(runtime: Runtime) -> None:
 def main() -> None:
     """Check the cases of the command line."""
     torch.set_num_threads(1)
-    runtime = Runtime("fp32", 0, int(sys.argv[1]))
+    runtime = Runtime("fp32", 0)
+    runtime.share_rows(int(sys.argv[1]))
     for name in sys.argv[2:] or CASES:
         check(name, runtime)
     check_mutant(runtime)

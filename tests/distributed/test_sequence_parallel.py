@@ -102,7 +102,8 @@ def stored(cache: Path) -> dict[str, bytes]:
 
 
 def test_rows_that_a_model_takes_padded_only_are_refused():
-    runtime: Any = SimpleNamespace(sequence_group=SimpleNamespace(size=2))
+    group = SimpleNamespace(size=2)
+    runtime: Any = SimpleNamespace(sequence_group=group, share=lambda error: error)
     policy = PolicyModel(tiny_model())
     choice = LayoutChoice("concatenated", "Bloom does not follow the packed layout: it differs")
     with pytest.raises(ModelError) as error:

@@ -92,13 +92,14 @@ def short_training(
     batching = MicroBatching(RowSizes.of(examples), "concatenated", micro_batch)
     trace = Trace([], [], start, 0.0)
     for step in range(num_epochs * sampler.steps_per_epoch):
-        shares = batching.split(sampler.batch(step), rank, ranks)
+        batch = sampler.batch(step)
+        shares = batching.split(batch, rank, ranks)
         train_step(
             state,
-            [batcher(share) for share in shares],
+            [batcher(share, batch) for share in shares],
             objective,
             runtime,
-            num_rows=len(sampler.batch(step)),
+            num_rows=len(batch),
             learning_rate=learning_rate,
         )
         means = state.window.means(runtime.all_reduce)

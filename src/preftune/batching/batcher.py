@@ -28,6 +28,8 @@ class MicroBatch:
     mean_chosen_length: float | None = None
     """Scored tokens of a chosen answer, a mean over the global batch; None where nothing reads it,
     and where these rows are all of it."""
+    slots: Tensor | None = None
+    """(rows that count,) Where they stand in the global batch; None where they are all of it."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ class LaidOut:
     rows: Tensor
     num_rows: int
     mean_chosen_length: float | None
+    slots: Tensor | None
 
     def pinned(self) -> "LaidOut":
         """The same in memory from which a copy to the device need not be waited for."""
-        trained = None if self.trained is None else self.trained.pinned()
         return replace(
-            self, layout=self.layout.pinned(), trained=trained, rows=self.rows.pin_memory()
+            self,
+            layout=self.layout.pinned(),
+            trained=None if self.trained is None else self.trained.pinned(),
+            rows=self.rows.pin_memory(),
+            slots=None if self.slots is None else self.slots.pin_memory(),
         )
 
 
@@ -62,9 +68,9 @@ class RowBatcher:
     chosen_lengths: np.ndarray | None = None
     """(rows,) Scored tokens of the chosen answers, where the loss reads their mean."""
 
-    def __call__(self, rows: Sequence[int]) -> MicroBatch:
+    def __call__(self, rows: Sequence[int], batch: Sequence[int] | None = None) -> MicroBatch:
         """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
-        return self.place(self.lay_out(rows))
+        return self.place(self.lay_out(rows, batch))
 
     def lay_out(self, rows: Sequence[int], batch: Sequence[int] | None = None) -> LaidOut:
         """The part that works on the host alone, and may run ahead on another thread.
@@ -84,7 +90,11 @@ class RowBatcher:
         if examples[0].roles[-1] == "mismatched":  # scored without gradient
             own = [replace(e, completions=e.completions[:1], roles=e.roles[:1]) for e in examples]
             trained = build_layout(own, self.layout)
-        laid_out = LaidOut(layout, trained, torch.tensor(used), len(rows), mean)
+        slots = None
+        if batch is not None:
+            places = {row: place for place, row in enumerate(batch)}
+            slots = torch.tensor([places[row] for row in rows], dtype=torch.int64)
+        laid_out = LaidOut(layout, trained, torch.tensor(used), len(rows), mean, slots)
         return laid_out.pinned() if self.device.type == "cuda" else laid_out
 
     def place(self, laid_out: LaidOut) -> MicroBatch:
@@ -97,4 +107,5 @@ class RowBatcher:
             {name: values[rows] for name, values in self.columns.items()},
             None if laid_out.trained is None else laid_out.trained.to(self.device),
             laid_out.mean_chosen_length,
+            None if laid_out.slots is None else laid_out.slots.to(self.device, non_blocking=True),
         )

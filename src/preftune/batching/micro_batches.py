@@ -1,8 +1,9 @@
-"""Which rows share a forward: pure functions of their lengths.
+"""Which rank trains on which rows, and which rows share a forward: pure functions of their lengths.
 
 Nothing here changes which rows form a global batch, and every rank computes the same answer.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,7 +124,8 @@ class MicroBatching:
         """One rank's share of a global batch, cut into micro-batches.
 
         Every rank gets the same number of micro-batches, because collectives must match; a rank
-        with fewer gets empty ones at the end.
+        with fewer gets empty ones at the end. Without a token budget that is as many as the largest
+        share of rows needs.
 
         Args:
             batch: row indices of the global batch.
@@ -133,9 +135,16 @@ class MicroBatching:
         Returns:
             Lists of row indices, in forward order.
         """
-        shares = [self._cut(list(batch[r::world_size])) for r in range(world_size)]
+        # Without a budget, `rows` bounds micro-batches, and a share may need no more of them.
+        most_rows = -(-len(batch) // world_size) if self.max_tokens is None else None
+        dealt = deal(batch, self.sizes, self.layout, world_size, most_rows)
+        shares = [self._cut(share) for share in dealt]
         most = max(len(share) for share in shares)
-        return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
+        own = shares[rank]
+        if world_size > 1:
+            # Heavy with heavy, light with light: some engines wait for all ranks in each forward.
+            own = sorted(own, key=lambda r: -num_positions(r, self.sizes, self.layout))
+        return own + [[] for _ in range(most - len(own))]
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
         if self.max_tokens is None:
@@ -151,6 +160,41 @@ class MicroBatching:
         """
         micro_batches = (rows for batch in batches for rows in self.split(batch, rank, world_size))
         return max(micro_batches, key=lambda rows: num_positions(rows, self.sizes, self.layout))
+
+
+def deal(
+    batch: Sequence[int],
+    sizes: RowSizes,
+    layout: LayoutName,
+    world_size: int,
+    most_rows: int | None = None,
+) -> list[list[int]]:
+    """Deal the rows of a global batch to ranks, so that each gets about as many token positions.
+
+    The costliest row first, each to the rank with the fewest positions so far: the longest share
+    exceeds the shortest possible by at most a third (Graham 1969), where `most_rows` allows it.
+
+    Args:
+        batch: row indices of the global batch.
+        sizes: of all rows of the dataset.
+        layout: how rows go through the model.
+        world_size: number of ranks.
+        most_rows: of a rank; at least the batch's over the number of ranks. None for any number.
+
+    Returns:
+        The rows of each rank, in the order of the batch.
+    """
+    if world_size == 1:
+        return [list(batch)]
+    costs = [num_positions([row], sizes, layout) for row in batch]
+    places: list[list[int]] = [[] for _ in range(world_size)]
+    ranks = [(0, rank) for rank in range(world_size)]
+    for place in sorted(range(len(batch)), key=lambda place: -costs[place]):
+        load, rank = heapq.heappop(ranks)
+        places[rank].append(place)
+        if most_rows is None or len(places[rank]) < most_rows:
+            heapq.heappush(ranks, (load + costs[place], rank))
+    return [[batch[place] for place in sorted(own)] for own in places]
 
 
 def first_fit(

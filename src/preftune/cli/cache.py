@@ -60,12 +60,17 @@ def run(argv: Sequence[str]) -> int:
 
 def build(argv: Sequence[str]) -> str | None:
     """The reference pass of a run, without the run."""
-    config = options_or_help(ExperimentConfig, argv, USAGES["build"], WHAT["build"])
+    usage, what = USAGES["build"], WHAT["build"]
+    config = options_or_help(ExperimentConfig, argv, usage, what, for_ranks=True)
     if config is None:
         return None
+    from preftune.distributed.runtime import is_main_process, leave_process_group
     from preftune.recipes import cache
 
-    return cache.build(config)
+    said = cache.build(config)
+    speaks = is_main_process()
+    leave_process_group()
+    return said if speaks else None
 
 
 def show(argv: Sequence[str]) -> str | None:

@@ -41,12 +41,8 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         return _dispatch(argv)
-    except Interrupted as error:
-        print(f"preftune: interrupted: {error}", file=sys.stderr)
-        return error.exit_code
     except PreftuneError as error:
-        print(f"preftune: error: {redacted(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except OSError as error:
         # The machine's fault: a full disk, missing rights. The file is what a person needs.
         where = f" ({error.filename})" if error.filename else ""
@@ -59,6 +55,19 @@ def main(argv: Sequence[str]) -> int:
         # Not foreseen, so a fault of preftune's: the traceback is what a report needs.
         print(redacted(traceback.format_exc()), file=sys.stderr, end="")
         return 1
+
+
+def _told(error: PreftuneError) -> int:
+    """Say what went wrong, once for all ranks; gives the exit code."""
+    if not error.rank:  # None, or that of rank 0
+        what = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"preftune: {what}: {redacted(str(error))}", file=sys.stderr, flush=True)
+    if error.rank is not None:
+        # Launchers end all ranks as soon as one has ended: not before it is told.
+        from preftune.distributed.runtime import leave_process_group
+
+        leave_process_group()
+    return error.exit_code
 
 
 def _dispatch(argv: Sequence[str]) -> int:

@@ -1,11 +1,13 @@
 """What the commands share: reading options, and `--help`."""
 
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 from preftune.config.composed import ComposedConfig
 from preftune.config.help import config_help
 from preftune.config.parser import parse_config
+from preftune.errors import ConfigError
 
 _C = TypeVar("_C", bound=ComposedConfig)
 
@@ -18,7 +20,13 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 
 def options_or_help(
-    cls: type[_C], argv: Sequence[str], usage: str, description: str, *, allow_file: bool = True
+    cls: type[_C],
+    argv: Sequence[str],
+    usage: str,
+    description: str,
+    *,
+    allow_file: bool = True,
+    for_ranks: bool = False,
 ) -> _C | None:
     """The configuration a command line asks for, or None after printing the help it asks for.
 
@@ -28,6 +36,8 @@ def options_or_help(
         usage: how the command is called.
         description: what it does.
         allow_file: whether it takes a config file.
+        for_ranks: whether the command's processes, if a launcher starts several, work together:
+            what one of them finds wrong then ends all.
 
     Raises:
         ConfigError: with every mistake found.
@@ -35,4 +45,11 @@ def options_or_help(
     if wants_help(argv):
         print(config_help(cls, usage, description), end="")
         return None
-    return parse_config(cls, argv, allow_file=allow_file)
+    try:
+        return parse_config(cls, argv, allow_file=allow_file)
+    except ConfigError as error:
+        if for_ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from preftune.distributed.runtime import tell_peers
+
+            tell_peers(error)
+        raise

@@ -15,9 +15,13 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: the words after `score`.
     """
-    config = options_or_help(ScoreConfig, argv, USAGE, WHAT)
+    config = options_or_help(ScoreConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
+        from preftune.distributed.runtime import is_main_process, leave_process_group
         from preftune.recipes.score import score
 
-        print(score(config))
+        summary = score(config)
+        if is_main_process():
+            print(summary)
+        leave_process_group()
     return 0

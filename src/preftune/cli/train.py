@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: the words after `train`.
     """
-    config = options_or_help(ExperimentConfig, argv, USAGE, WHAT)
+    config = options_or_help(ExperimentConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
         from preftune.distributed.runtime import leave_process_group
         from preftune.recipes.dpo import train

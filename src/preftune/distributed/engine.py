@@ -1,15 +1,17 @@
 """What spreads a model over the ranks, and updates it: the same steps by whichever engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from preftune.distributed.parts import Part, part_of
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -23,6 +25,8 @@ class Engine(ABC):
 
     name: str
     """What people call it."""
+    is_sharded = False
+    """Whether each rank saves its own part of a checkpoint."""
     model: nn.Module
     """To be called; gradients go through it."""
     optimizer: Any
@@ -72,6 +76,30 @@ class Engine(ABC):
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter or buffer of the model, put together from all ranks, on every rank."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+    @abstractmethod
+    def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """What this rank holds of weights.
+
+        Args:
+            weights: parameters and buffers of the model, by any names.
+        """
+
+    @abstractmethod
+    def moment_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """What this rank holds of the optimizer's state, as "<state>/<name>"; see `make_state`.
+
+        Args:
+            weights: as in `weight_parts`.
+        """
+
+    def put_back(self, weights: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
+        """Take over parts that `weight_parts` and `moment_parts` gave and that were filled since.
+
+        Args:
+            weights: as in `weight_parts`.
+            parts: of some of them; those of PyTorch's engines are the state itself.
+        """
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the next update."""
@@ -130,6 +158,19 @@ class TorchEngine(Engine):
         if with_gradients:
             self._make_gradients()
 
+    def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Parameters and buffers themselves, or this rank's rows of them."""
+        return {name: part_of(tensor.detach(), _rank()) for name, tensor in weights.items()}
+
+    def moment_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """The optimizer's state itself, or this rank's rows of it."""
+        return {
+            f"{key}/{name}": part_of(value, _rank())
+            for name, tensor in weights.items()
+            for key, value in self.optimizer.state.get(tensor, {}).items()
+            if isinstance(value, Tensor)
+        }
+
     def drop_gradients(self) -> None:
         """Forget what `backward` has added."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,3 +182,7 @@ class TorchEngine(Engine):
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return list(self.model.parameters())
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0

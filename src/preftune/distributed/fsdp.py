@@ -25,6 +25,7 @@ class FSDPEngine(TorchEngine):
     """
 
     model: Any
+    is_sharded = True
 
     def __init__(
         self,

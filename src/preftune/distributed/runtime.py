@@ -1,10 +1,8 @@
 """One process among its peers: device, ranks, precision, collectives. Imports Accelerate."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, NoReturn, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from preftune.config.distributed import DistributedConfig
 from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
 from preftune.distributed.fsdp import FSDPEngine
+from preftune.distributed.ranks import Ranks
 from preftune.distributed.sequence import SequenceGroup, num_groups
 from preftune.distributed.zero import ZeroEngine
 from preftune.errors import ConfigError, PreftuneError
 
 TIMEOUT = timedelta(hours=6)
-"""How long a rank waits for another: rank 0 scores the reference alone, which may take longer than
-the default allows."""
+"""How long a rank waits for another."""
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -55,6 +53,11 @@ def multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
 
 
+def is_main_process() -> bool:
+    """Whether this process, once its runtime was made, is the one that speaks."""
+    return PartialState().is_main_process
+
+
 def leave_process_group() -> None:
     """End the process group, if there is one; this process cannot train again.
 
@@ -67,20 +70,30 @@ def leave_process_group() -> None:
         state.destroy_process_group()
 
 
-class Runtime:
+def tell_peers(error: PreftuneError) -> NoReturn:
+    """End all ranks with what is wrong on this one alone, before it has made its runtime.
+
+    The others meet it with the first thing that they do together (`Ranks.meet`).
+
+    Raises:
+        PreftuneError: on every rank.
+    """
+
+    def fail() -> NoReturn:
+        raise error
+
+    Runtime("fp32", seed=0).together(fail)
+    raise error  # alone after all
+
+
+class Runtime(Ranks):
     """One process among its peers."""
 
-    def __init__(self, precision: Precision, seed: int, sequence_parallel_size: int = 1) -> None:
-        """Start the process group, if the launcher made one, and seed every generator.
+    sequence_group: SequenceGroup | None = None
+    """Who shares each row with this rank; None: nobody."""
 
-        Args:
-            precision: of products.
-            seed: of all generators.
-            sequence_parallel_size: ranks that share each row.
-
-        Raises:
-            ConfigError: the processes cannot run so.
-        """
+    def __init__(self, precision: Precision, seed: int) -> None:
+        """Start the process group, if the launcher made one, and seed every generator."""
         self.precision: Precision = precision
         # Accelerate keeps the first precision of a process for good; a Python session may well
         # train twice, in two precisions. The process group stays.
@@ -89,6 +102,7 @@ class Runtime:
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
+            # One rank tokenises for the others, which may take longer than the default allows.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
@@ -100,14 +114,30 @@ class Runtime:
                 "yet; use one process, or torchrun for DDP"
             )
         set_seed(seed)
-        self.data_size = num_groups(self.world_size, sequence_parallel_size)
+
+    def share_rows(self, size: int) -> None:
+        """Let as many consecutive ranks share each row.
+
+        Args:
+            size: `sequence_parallel_size`, the same on all ranks.
+
+        Raises:
+            ConfigError: the ranks do not make whole groups; on every rank.
+        """
+        self.together(lambda: num_groups(self.world_size, size))
+        if size > 1:
+            self.sequence_group = SequenceGroup(size, TIMEOUT)
+
+    @property
+    def data_size(self) -> int:
         """How many shares a global batch is dealt into."""
-        self.data_rank = self.rank // sequence_parallel_size
+        group = self.sequence_group
+        return self.world_size if group is None else self.world_size // group.size
+
+    @property
+    def data_rank(self) -> int:
         """Whose share this rank works on, alone or with the others of its sequence group."""
-        self.sequence_group = None
-        """Who shares each row with this rank; None: nobody."""
-        if sequence_parallel_size > 1:
-            self.sequence_group = SequenceGroup(sequence_parallel_size, TIMEOUT)
+        return self.rank if self.sequence_group is None else self.rank // self.sequence_group.size
 
     @property
     def device(self) -> torch.device:
@@ -203,10 +233,6 @@ class Runtime:
             tensor if group is None or not group.rank else torch.zeros_like(tensor)
         )
 
-    def gather(self, value: T) -> list[T]:
-        """The value of each rank, by rank, on every rank; for small things off the device."""
-        return [value] if self.world_size == 1 else gather_object([value])
-
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set on some rank: one decision for all. Waits, on several ranks."""
         if self.world_size == 1:
@@ -214,30 +240,15 @@ class Runtime:
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
         return tuple(count > 0 for count in self.all_reduce(counts).tolist())
 
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` returns on rank 0, on every rank; what it raises there, all raise.
+    # ---------------------------------------------------------------- see `Ranks`
 
-        For choices by measurement, which ranks alone could make differently.
-        """
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, by rank, on every rank; for small things off the device."""
+        return [value] if self.world_size == 1 else gather_object([value])
+
+    def send(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
         if self.world_size == 1:
-            return choose()
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = choose()
-            except PreftuneError as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self._accelerator.wait_for_everyone()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes first; the others wait and find what it made."""
-        with self._accelerator.main_process_first():
-            yield
+            return value
+        (value,) = broadcast_object_list([value])
+        return value

@@ -2,15 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from preftune.config.distributed import LARGEST_STAGE, DistributedConfig
 from preftune.distributed.engine import Engine, MakeOptimizer
+from preftune.distributed.parts import Part, cut
 
 
 class ZeroEngine(Engine):
@@ -22,6 +24,7 @@ class ZeroEngine(Engine):
     """
 
     model: Any
+    is_sharded = True
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class ZeroEngine(Engine):
         self._stage = config.zero_stage
         self._max_norm = max_grad_norm or float("inf")
         self._norm = torch.zeros((), device=device)
+        self._rank, self._num_ranks = distributed.get_rank(), distributed.get_world_size()
         with _quiet():
             self.model, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -109,7 +113,118 @@ class ZeroEngine(Engine):
             return tensor.detach().clone()
 
     def make_state(self, *, with_gradients: bool) -> None:
-        """DeepSpeed has made gradient buffers at its start; PyTorch's moments come with a step."""
+        """A skipped update makes the optimizer's state; gradients have had buffers all along."""
+        inner = self._inner
+        inner.found_inf, inner.grad_scale = torch.ones((), device=self._flat[0].device), None
+        if self._stage == 0:
+            for parameter in self._flat:
+                parameter.grad = torch.zeros_like(parameter)
+            inner.step()
+            inner.zero_grad(set_to_none=True)
+        else:
+            for number, flat in enumerate(self._flat):
+                before, flat.grad = flat.grad, torch.zeros_like(flat)
+                self.optimizer._optimizer_step(number)
+                flat.grad = before
+        del inner.found_inf, inner.grad_scale
+        if self._stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Copies of this rank's rows, each put together from what all ranks hold."""
+        return {name: self._cut(self.whole(tensor)) for name, tensor in weights.items()}
+
+    def moment_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Copies of this rank's rows of the optimizer's state."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parts = {}
+        state = self._inner.state[self._flat[0]]
+        for name, tensor in weights.items():
+            if not tensor.requires_grad:
+                continue
+            for key, value in state.items():
+                if self._stage == 0:
+                    whole = self._inner.state[tensor][key]
+                elif value.ndim == 0:  # the number of steps, the same for all
+                    whole = value
+                else:
+                    whole = safe_get_full_optimizer_state(tensor, key)
+                parts[f"{key}/{name}"] = self._cut(whole)
+        return parts
+
+    def put_back(self, weights: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
+        """Give every rank's flat buffers what stands in the parts of all ranks."""
+        for label, part in parts.items():
+            value = self._joined(part)
+            key, _, name = label.rpartition("/")
+            tensor = weights[name]
+            if key and value.ndim == 0:
+                for flat in [tensor] if self._stage == 0 else self._flat:
+                    self._inner.state[flat][key].copy_(value)
+            elif key:
+                self._set_moment(tensor, key, value)
+            else:
+                self._set_weight(tensor, value)
+        if self._stage in (1, 2):
+            self.optimizer.refresh_fp32_params()
+
+    @torch.no_grad()
+    def _set_weight(self, tensor: Tensor, value: Tensor) -> None:
+        if self._stage < LARGEST_STAGE or not hasattr(tensor, "ds_tensor"):
+            tensor.copy_(value)
+            return
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        own = self._own_slice(tensor, value)
+        safe_set_local_fp32_param(tensor, own)
+        tensor.ds_tensor.copy_(own)
+        if tensor.numel():  # a small one, which every rank keeps gathered
+            tensor.copy_(value)
+
+    def _set_moment(self, tensor: Any, key: str, value: Tensor) -> None:
+        if self._stage == 0:
+            self._inner.state[tensor][key].copy_(value)
+        elif self._stage == LARGEST_STAGE:
+            from deepspeed.utils import safe_set_local_optimizer_state
+
+            safe_set_local_optimizer_state(tensor, self._own_slice(tensor, value), key)
+        elif tensor._hp_mapping is not None:  # this rank's flat buffer has some of it
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(tensor, value, key)
+
+    def _own_slice(self, tensor: Any, value: Tensor) -> Tensor:
+        """What stage 3 keeps here of a tensor: an equal part of its numbers, zeros behind the last."""
+        size = tensor.ds_tensor.numel()
+        flat = nn.functional.pad(value.flatten(), (0, size * self._num_ranks - value.numel()))
+        return flat[self._rank * size : (self._rank + 1) * size]
+
+    def _cut(self, whole: Tensor) -> Part:
+        part = cut(whole, self._rank, self._num_ranks)
+        return replace(part, tensor=part.tensor.clone())
+
+    def _joined(self, part: Part) -> Tensor:
+        if not part.shape:
+            return part.tensor
+        whole = part.tensor.new_zeros(part.shape)
+        whole[part.first : part.first + len(part.tensor)] = part.tensor
+        distributed.all_reduce(whole)
+        return whole
+
+    @property
+    def _inner(self) -> Any:
+        """PyTorch's optimizer."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _flat(self) -> list[Any]:
+        """What it updates on this rank."""
+        if self._stage == 0:
+            return [p for p in self.model.parameters() if p.requires_grad]
+        if self._stage == LARGEST_STAGE:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
 
     def drop_gradients(self) -> None:
         """Forget what `backward` has added."""

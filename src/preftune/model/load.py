@@ -265,7 +265,7 @@ def save_model(
     """
     model = loaded.policy.model
     cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
         for name, tensor in named_weights(model).items()
     }
     held = {key: getattr(model.config, key) for key in loaded.zeroed_dropout}
@@ -299,14 +299,16 @@ def stop_at(model: PreTrainedModel, token_id: int) -> bool:
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name, tied ones once, under the first of their names."""
+    """Parameters and saved buffers by name, tied ones once, under the first of their names.
+
+    They are the model's own, also where an engine keeps only a part of each here.
+    """
     seen: set[int] = set()
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        weights[name] = tensor.detach().contiguous()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor
     return weights
 
 

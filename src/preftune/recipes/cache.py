@@ -7,20 +7,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.cache import CacheExportConfig, CacheVerifyConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.parser import parse_config
 from preftune.config.paths import cache_root
 from preftune.data.table import TokenRows
+from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import CacheError, CheckpointError, ConfigError, Findings
 from preftune.files import replacing
-from preftune.model.layout_choice import choose_layout
+from preftune.model.layout_choice import choose_layout, use_layout
 from preftune.model.load import load_model
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.preflight import look_at_cache, look_at_model, slow_settings
 from preftune.recipes.reference import Reference, open_reference, rows_to_score, stage_name
+from preftune.recipes.same_start import agree_on_data, agree_on_start
 from preftune.reference.agreement import Recomputed, recompute
 from preftune.reference.build import Answer, Scorer, answers_of
 from preftune.reference.fingerprints import namespace_fields
@@ -70,37 +73,50 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
         named = ", ".join(loss.value for loss in config.loss_types)
         why = "sync_reference is true" if config.sync_reference else f"the loss is {named}"
         raise ConfigError(f"{why}, so no reference log-probs are stored for this run")
-    findings, start = Findings(), RunStart(RunFolder(Path(config.output_dir)), "new")
-    with suppress(CheckpointError):  # the folder is another run's, or none's: nothing to follow
-        start = plan_start(config)
-    look_at_cache(config, findings)
-    found = look_at_model(config, findings, start)
-    findings.raise_all()
-    assert found is not None  # or there was a finding
-    pinned, tokenizer = found
     runtime = Runtime(resolve_precision(config.mixed_precision), config.seed)
-    if runtime.world_size > 1:
-        raise ConfigError(
-            "preftune cache runs on one process; start it without torchrun, or several of it, "
-            "which share the work"
-        )
-    display = ProgressDisplay(config.progress)
+    agree_on_start(config, runtime)
+    start = runtime.decide(lambda: _start_of(config))
+
+    def look() -> tuple[ExperimentConfig, PreTrainedTokenizerBase]:
+        findings = Findings()
+        look_at_cache(config, findings)
+        found = look_at_model(config, findings, start)
+        findings.raise_all()
+        assert found is not None  # or there was a finding
+        return found
+
+    pinned, tokenizer = runtime.together(look)
+    cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
+    display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     for sentence in slow_settings(config, config.mixed_precision):
         display.say(sentence)
-    pairs = load_experiment_pairs(pinned, tokenizer, display)
-    display.say(f"loading {config.model_name_or_path}")
-    policy = load_model(pinned, runtime.device).policy
-    layout = choose_layout(
-        policy,
-        start.layout or config.wanted_layout,
-        start.attention or config.attn_implementation,
-        pairs.longest_side,
-        autocast=AUTOCAST[runtime.precision],
+    pairs = runtime.leaders_first(
+        lambda: load_experiment_pairs(pinned, tokenizer, display),
+        is_leader=cache.leads(runtime.rank),
     )
+    agree_on_data(pairs.by_use, runtime)
+    display.say(f"loading {config.model_name_or_path}")
+    policy = runtime.together(lambda: load_model(pinned, runtime.device)).policy
+    layout = runtime.decide(
+        lambda: choose_layout(
+            policy,
+            start.layout or config.wanted_layout,
+            start.attention or config.attn_implementation,
+            pairs.longest_side,
+            autocast=AUTOCAST[runtime.precision],
+        )
+    )
+    use_layout(policy, layout)
     runtime.prepare_for_inference(policy)
     fields = namespace_fields(policy, precision=runtime.precision, layout=layout.name)
-    reference = open_reference(pinned, policy, fields, layout, pairs, runtime, display)
+    reference = open_reference(pinned, policy, fields, layout, pairs, cache, runtime, display)
     return reference, pairs, runtime.precision == "fp32" and config.dtype == "float32"
+
+
+def _start_of(config: ExperimentConfig) -> RunStart:
+    with suppress(CheckpointError):  # the folder is another run's, or none's: nothing to follow
+        return plan_start(config)
+    return RunStart(RunFolder(Path(config.output_dir)), "new")
 
 
 # ---------------------------------------------------------------- verify
@@ -119,6 +135,10 @@ def verify(config: CacheVerifyConfig) -> str:
         CacheError: with all that is damaged, or else with all that differs.
     """
     reference, pairs, is_exact = _open(config)
+    if reference.runtime.world_size > 1:
+        raise reference.runtime.share(
+            ConfigError("preftune cache verify runs on one process; start it without torchrun")
+        )
     stored, num_shards = _read_all(reference.store.folder)
     rng = np.random.default_rng(config.verify_seed)
     known: list[tuple[TokenRows, Answer]] = []

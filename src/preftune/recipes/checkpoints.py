@@ -110,12 +110,12 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written; on every rank.
         """
-        error = self._wait()
-        (failed,) = self._runtime.any_rank(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise CheckpointError("a checkpoint could not be written; rank 0 says why")
+
+        def wait() -> None:
+            if error := self._wait():
+                raise error
+
+        self._runtime.together(wait)
         self._note_best()
 
     @contextmanager
@@ -125,7 +125,9 @@ class Checkpoints:
             yield
         except PreftuneError as error:
             if failed := self._wait():
-                raise CheckpointError([*failed.problems, *error.problems]) from error
+                both = CheckpointError([*failed.problems, *error.problems])
+                both.rank = error.rank
+                raise both from error
             raise
         finally:
             if failed := self._wait():

@@ -10,6 +10,8 @@ from typing import Any
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.paths import cache_root
+from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
 from preftune.model.forward import PolicyModel
@@ -21,6 +23,12 @@ from preftune.recipes.pairs import load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
+from preftune.recipes.same_start import (
+    agree_on_data,
+    agree_on_model,
+    agree_on_start,
+    check_output_is_seen,
+)
 from preftune.recipes.step_zero import (
     check_step_zero,
     compared_rows,
@@ -76,20 +84,27 @@ def _train(
 ) -> TrainResult:
     limit = config.max_run_seconds
     deadline = None if limit is None else time.monotonic() + limit
-    start, pinned, tokenizer = check_setup(config)
     precision = resolve_precision(config.mixed_precision)
-    runtime = Runtime(precision, config.seed, config.sequence_parallel_size)
-    runtime.barrier()  # every rank has looked at the folder before rank 0 writes there
+    runtime = Runtime(precision, config.seed)
+    agree_on_start(config, runtime)
+    start, pinned, tokenizer = check_setup(config, runtime)
+    runtime.share_rows(config.sequence_parallel_size)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
         display.say(f"the run in {start.folder.root} is finished; nothing to do")
         return TrainResult(start.folder, start.folder.read_manifest())
 
+    check_output_is_seen(config, start, runtime)
+    cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
+
     # ---------------------------------------------------------------- data, before weights load
     for sentence in slow_settings(config, config.mixed_precision):
         display.say(sentence)
-    with runtime.main_first():  # the others find its tokens in the cache
-        pairs = load_experiment_pairs(pinned, tokenizer, display)
+    pairs = runtime.leaders_first(  # the others find their tokens in the cache
+        lambda: load_experiment_pairs(pinned, tokenizer, display),
+        is_leader=cache.leads(runtime.rank),
+    )
+    agree_on_data(pairs.by_use, runtime)
     for sentence in over_budget(config, pairs.train):
         display.say(sentence)
     sampler = PairSampler(
@@ -102,7 +117,7 @@ def _train(
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
-    loaded = load_model(pinned, runtime.device)
+    loaded = runtime.together(lambda: load_model(pinned, runtime.device))
     examples = pairs.train.examples
     plain = plain_scores(
         loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
@@ -124,6 +139,7 @@ def _train(
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
     fields = namespace_fields(loaded.policy, precision=precision, layout=layout.name)
+    agree_on_model(str(config.model_name_or_path), fields, runtime)
     engine = runtime.spread(
         loaded.policy,
         partial(make_optimizer, config=config),
@@ -138,7 +154,9 @@ def _train(
     }
     reference = None
     if config.stores_reference:
-        reference = open_reference(pinned, loaded.policy, fields, layout, pairs, runtime, display)
+        reference = open_reference(
+            pinned, loaded.policy, fields, layout, pairs, cache, runtime, display
+        )
         run.manifest |= reference.describe(pinned)
     batcher, held_out = run.batchers(reference)
     if reference is not None:
@@ -205,7 +223,7 @@ def _train(
         return TrainResult(start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
-        raise
+        raise runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()
 
@@ -223,10 +241,11 @@ def share_rows(policy: PolicyModel, layout: LayoutChoice, runtime: Runtime) -> N
     """
     group = runtime.sequence_group
     if group is not None and layout.name != "shared_prefix":
-        raise ModelError(
+        error = ModelError(
             f"sequence_parallel_size is {group.size}, which shares out packed rows, and "
             f"{layout.why}; set it to 1"
         )
+        raise runtime.share(error)
     policy.sequence_group = group
 
 

@@ -37,6 +37,12 @@ class Pairs:
     """Rows left out of training because `eval_dataset` has their prompts."""
 
     @property
+    def by_use(self) -> dict[str, PairDataset]:
+        """All of them, by what people call their use."""
+        held_out = {f"held out {label}".rstrip(): data for label, data in self.held_out.items()}
+        return {"to train on": self.train, **held_out}
+
+    @property
     def longest_side(self) -> int:
         """Tokens of the longest prompt and answer."""
         sets = (self.train, *self.held_out.values())

@@ -15,6 +15,7 @@ from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
 from preftune.config.training import MixedPrecision
 from preftune.data.template_files import template_text
+from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, resolve_precision
 from preftune.errors import ConfigError, Findings
 from preftune.model.attention_shards import check_heads
@@ -27,26 +28,37 @@ from preftune.training.run_folder import RunStart, check_writable, plan_start
 
 
 def check_setup(
-    config: ExperimentConfig,
+    config: ExperimentConfig, ranks: Ranks
 ) -> tuple[RunStart, ExperimentConfig, PreTrainedTokenizerBase | None]:
     """Look at folders, device, model files and tokenizer.
+
+    Args:
+        config: of the run.
+        ranks: all of them call this; rank 0 looks at the output folder for all.
 
     Returns:
         How the run begins, the config with the model's commit as its revision, and the tokenizer
         with its chat template; None of a finished run, which needs none.
 
     Raises:
-        PreftuneError: with everything found wrong.
+        PreftuneError: with everything found wrong; on every rank.
     """
     findings = Findings()
-    start = look_at_output(config, findings)
+    start = None
+    with findings:
+        start = ranks.decide(lambda: plan_start(config))
     if start is not None and start.kind == "finished":
         return start, config, None
-    look_at_cache(config, findings)
-    found = look_at_model(config, findings, start)
-    findings.raise_all()
+
+    def look() -> tuple[ExperimentConfig, PreTrainedTokenizerBase]:
+        look_at_cache(config, findings)
+        found = look_at_model(config, findings, start)
+        findings.raise_all()
+        assert found is not None  # or there was a finding
+        return found
+
+    found = ranks.together(look)
     assert start is not None  # or there was a finding
-    assert found is not None
     return start, *found
 
 

@@ -1,5 +1,6 @@
 """The reference of a run: which model it is, and its log-probs of the run's rows."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +11,16 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName, ModelConfig
 from preftune.config.paths import cache_root
 from preftune.data.table import TokenRows
+from preftune.distributed.folders import SeenFolder
 from preftune.distributed.runtime import AUTOCAST, Runtime
 from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
 from preftune.model.load import load_model, load_model_config, load_tokenizer, model_commit
 from preftune.recipes.pairs import Pairs
+from preftune.recipes.same_start import agree_on_model
 from preftune.reference.build import ReferenceLogps, ShardSize, reference_logps
+from preftune.reference.copies import copy_to_file_systems
 from preftune.reference.fingerprints import namespace_fields, namespace_key
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.progress import ProgressDisplay, counting
@@ -82,6 +86,8 @@ class Reference:
     fields: dict[str, Any]
     """What its log-probs depend on."""
     store: ReferenceStore
+    cache: SeenFolder
+    """Which ranks see the store's files."""
     runtime: Runtime
     display: ProgressDisplay
 
@@ -108,29 +114,33 @@ class Reference:
             stage: what the terminal calls it.
         """
         assert self.model is not None
-        # Rank 0 scores what is missing, with the module inside the engine's wrapper, whose
-        # forward would wait for the other ranks; they then find the values in the store.
+        runtime, model = self.runtime, self.model.eval()
         most = max(ShardSize().tokens, int(examples.longest_side.max()))
-        with (
-            self.runtime.main_first(),
-            self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update,
-            explain_lack_of_memory(
+
+        def forwards() -> AbstractContextManager[None]:
+            return explain_lack_of_memory(
                 "while the reference is scored",
-                self.runtime.device,
+                runtime.device,
                 lambda: f"a forward of up to {most} tokens",
                 lambda: ["a lower --max_length", "--dtype bfloat16"],
                 then="; what is scored already is kept",
-            ),
-        ):
+            )
+
+        with self.display.stage(stage, examples.lengths[:, 1:].size, "answer") as update:
+            # With the module inside the engine's wrapper, whose forward may wait for other ranks.
             values = reference_logps(
-                self.model.eval(),
+                model,
                 examples,
                 self.store,
                 layout=self.layout,
-                device=self.runtime.device,
+                device=runtime.device,
                 progress=counting(update),
                 say=self.display.say,
+                ranks=runtime,
+                forwards=forwards,
             )
+        if not self.cache.is_shared:
+            copy_to_file_systems(self.store, runtime, is_leader=self.cache.leads(runtime.rank))
         self.display.say(
             f"{stage}: {values.num_computed} log-probs computed, {values.num_reused} reused from "
             f"{self.store.folder}"
@@ -150,6 +160,7 @@ def open_reference(
     policy_fields: dict[str, Any],
     layout: LayoutChoice,
     pairs: Pairs,
+    cache: SeenFolder,
     runtime: Runtime,
     display: ProgressDisplay,
 ) -> Reference:
@@ -161,6 +172,7 @@ def open_reference(
         policy_fields: what its log-probs depend on.
         layout: how rows go through the policy; another reference takes the same, if it can.
         pairs: what will be scored.
+        cache: which ranks see the same `cache_dir`.
         runtime: of the run.
         display: says what is loaded.
 
@@ -172,7 +184,7 @@ def open_reference(
     if other is not None:
         name = other.model_name_or_path
         display.say(f"loading {name}, the reference")
-        model = load_model(other, runtime.device).policy
+        model = runtime.together(lambda: load_model(other, runtime.device).policy)
         choice = runtime.decide(lambda: _layout_like(model, layout, pairs.longest_side, runtime))
         use_layout(model, choice)
         if choice.why:
@@ -180,11 +192,13 @@ def open_reference(
         runtime.prepare_for_inference(model)  # gives the module itself its precision
         form = choice.name
         fields = namespace_fields(model, precision=runtime.precision, layout=form)
-    store = ReferenceStore(
-        cache_root(config.cache_dir), namespace_key(fields), fields, model=str(name)
+    root = cache_root(config.cache_dir)
+    agree_on_model(str(name), fields, runtime)
+    store = runtime.together(
+        lambda: ReferenceStore(root, namespace_key(fields), fields, model=str(name))
     )
     kind = Layout(form, model.limits, config.ld_alpha, config.scores_prompt)
-    return Reference(model, other is not None, kind, fields, store, runtime, display)
+    return Reference(model, other is not None, kind, fields, store, cache, runtime, display)
 
 
 def _layout_like(

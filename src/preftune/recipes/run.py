@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,7 +224,9 @@ class Run:
             batcher,
             objective,
             runtime,
-            num_micro_batches=len(micro_batching.split(self.sampler.batch(0))),
+            num_micro_batches=len(
+                micro_batching.split(self.sampler.batch(0), runtime.data_rank, runtime.data_size)
+            ),
             accumulation=self.config.gradient_accumulation_steps,
         )
         positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
@@ -239,40 +242,48 @@ class Run:
             state: before its first step, or what the checkpoint is put into.
             batcher: of the training pairs, for the ids of their rows.
         """
-        folder, checkpoint = self.start.folder, self.start.checkpoint
-        metrics_file = MetricsFile(folder.metrics)
-        offset = 0
+        metrics_file = MetricsFile(self.start.folder.metrics)
         self.checkpoints.begin(state.engine.optimizer)
+        offset, checkpoint = 0, self.start.checkpoint
         if checkpoint is not None:
-            document = read_document(checkpoint)
-            self._check_same_start(document["identity"])
-            policy = self.loaded.policy.model
-            runtime = self.runtime
-            load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
-            if state.step > self.num_steps:
-                raise CheckpointError(
-                    f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
-                    "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
-                )
-            offset = document["metrics_offset"]
-            found = self.checkpoints.restore_best(document.get("best"))
-            if found is not None:
-                self.manifest["best_checkpoint"] = found
+            offset = self.runtime.together(lambda: self._restore(state, checkpoint))
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
-        if self.runtime.is_main:
-            folder.root.mkdir(parents=True, exist_ok=True)
-            self._hold_folder()
-            self._take_up_manifest()
-            self._take_up_guards(state, batcher)
-            # First, so that a kill from here on leaves a folder that is known as a run's.
-            folder.write_manifest(self.manifest)
-            folder.checkpoints.mkdir(exist_ok=True)
-            self._take_over_metrics(metrics_file, offset)
-            # `resume` belongs to the command, not to the run that a copy of it would repeat.
-            settings = replace(self.config, resume="auto")
-            write_atomically(folder.config, settings.to_yaml(redacted_values))
-        self.runtime.barrier()
+        self.runtime.together(lambda: self._take_up_folder(state, batcher, metrics_file, offset))
         return metrics_file
+
+    def _restore(self, state: TrainState, checkpoint: Path) -> int:
+        """Take the state from a checkpoint; gives the bytes of metrics that it had seen."""
+        document = read_document(checkpoint)
+        self._check_same_start(document["identity"])
+        policy, runtime = self.loaded.policy.model, self.runtime
+        load_checkpoint(checkpoint, state, policy, rank=runtime.rank, device=runtime.device)
+        if state.step > self.num_steps:
+            raise CheckpointError(
+                f"{checkpoint} is of step {state.step}, and this run has {self.num_steps} "
+                "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
+            )
+        found = self.checkpoints.restore_best(document.get("best"))
+        if found is not None:
+            self.manifest["best_checkpoint"] = found
+        return document["metrics_offset"]
+
+    def _take_up_folder(
+        self, state: TrainState, batcher: RowBatcher, metrics_file: MetricsFile, offset: int
+    ) -> None:
+        if not self.runtime.is_main:
+            return
+        folder = self.start.folder
+        folder.root.mkdir(parents=True, exist_ok=True)
+        self._hold_folder()
+        self._take_up_manifest()
+        self._take_up_guards(state, batcher)
+        # First, so that a kill from here on leaves a folder that is known as a run's.
+        folder.write_manifest(self.manifest)
+        folder.checkpoints.mkdir(exist_ok=True)
+        self._take_over_metrics(metrics_file, offset)
+        # `resume` belongs to the command, not to the run that a copy of it would repeat.
+        settings = replace(self.config, resume="auto")
+        write_atomically(folder.config, settings.to_yaml(redacted_values))
 
     def _hold_folder(self) -> None:
         """Lock the folder, and see that it still is what the run was planned from."""
@@ -371,7 +382,10 @@ class Run:
         """
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
-        if self.runtime.is_main:
+
+        def save() -> None:
+            if not self.runtime.is_main:
+                return
             extra = {
                 "config": self.manifest["config"],
                 "identity": self._identity(),
@@ -380,8 +394,8 @@ class Run:
             }
             content = snapshot(state, self.loaded.policy.model, window, generators, extra)
             self.checkpoints.save(content, metrics_file)
-        if not self.config.checkpoint_async:
-            self.runtime.barrier()
+
+        self.runtime.together(save)
 
     def _note_best(self, best: dict[str, Any]) -> None:
         self.manifest["best_checkpoint"] = best
@@ -390,28 +404,29 @@ class Run:
 
     def save_final(self) -> None:
         """Write `final/`, whole or not at all."""
-        if self.runtime.is_main:
-            final = self.start.folder.final
-            stop_id = self._stop_token_id()
-            if stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
-                token = self.tokenizer.convert_ids_to_tokens(stop_id)
-                self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
-            try:
-                self.manifest["save_dtype"] = write_model_folder(
-                    final,
-                    self.loaded,
-                    self.tokenizer,
-                    self.config,
-                    self.manifest,
-                    save_dtype=self.config.save_dtype,
-                )
-            except OSError as error:
-                raise CheckpointError(
-                    f"{final} could not be written ({error}); free some space, and run the same "
-                    "command to write it from the last checkpoint"
-                ) from error
-            self.display.say(f"saved {final}")
-        self.runtime.barrier()
+        self.runtime.together(self._write_final if self.runtime.is_main else lambda: None)
+
+    def _write_final(self) -> None:
+        final = self.start.folder.final
+        stop_id = self._stop_token_id()
+        if stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
+            token = self.tokenizer.convert_ids_to_tokens(stop_id)
+            self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
+        try:
+            self.manifest["save_dtype"] = write_model_folder(
+                final,
+                self.loaded,
+                self.tokenizer,
+                self.config,
+                self.manifest,
+                save_dtype=self.config.save_dtype,
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"{final} could not be written ({error}); free some space, and run the same "
+                "command to write it from the last checkpoint"
+            ) from error
+        self.display.say(f"saved {final}")
 
     def _stop_token_id(self) -> int | None:
         """The token that ends answers of a chat; None where the data is plain text."""

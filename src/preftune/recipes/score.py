@@ -16,14 +16,18 @@ from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import RowSizes, largest, sorted_batches
 from preftune.config.model import ModelConfig, another_model
+from preftune.config.paths import cache_root
 from preftune.config.score import ScoreConfig
+from preftune.data.pairs import PairDataset
 from preftune.data.table import TokenRows
+from preftune.distributed.folders import look_at_folder
+from preftune.distributed.ranks import ALONE, Ranks
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError
 from preftune.evaluation.samples import sampled_answers
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
-from preftune.model.layout_choice import choose_layout
+from preftune.model.layout_choice import choose_layout, use_layout
 from preftune.model.load import LoadedModel, check_model_files, load_model
 from preftune.recipes.pairs import (
     check_fits_model,
@@ -32,6 +36,8 @@ from preftune.recipes.pairs import (
     prepare_tokenizer,
 )
 from preftune.recipes.preflight import check_device, slow_settings
+from preftune.recipes.same_start import agree_on_data, agree_on_model, agree_on_start
+from preftune.reference.fingerprints import namespace_fields
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.memory import (
@@ -97,41 +103,37 @@ class ScoreSummary:
 def score(config: ScoreConfig) -> ScoreSummary:
     """Score pairs under a model and, where given, a reference.
 
-    The two models are loaded one after the other, so memory holds one at a time.
+    The two models are loaded one after the other, so memory holds one at a time. Several ranks
+    share the forwards.
 
     Args:
         config: model, pairs, reference.
 
     Returns:
-        The means; per-pair values go to `config.output` as parquet.
+        The means, on every rank; per-pair values go to `config.output` as parquet.
     """
-    _check_output(config)
-    check_device(config, config.mixed_precision)
+    runtime = Runtime(resolve_precision(config.mixed_precision), seed=0)
+    agree_on_start(config, runtime)
+    runtime.decide(lambda: _check_output(config))
     models: list[ModelConfig] = [config]
     if config.reference_model_name_or_path:
-        check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
         models.append(another_model(config, config.reference_model_name_or_path))
-    precision = resolve_precision(config.mixed_precision)
-    runtime = Runtime(precision, seed=0)
-    if runtime.world_size > 1:
-        raise ConfigError("score runs on one process; start it without torchrun")
-    display = ProgressDisplay(config.progress)
-    tokenizer = prepare_tokenizer(config)
+
+    def look() -> PreTrainedTokenizerBase:
+        check_device(config, config.mixed_precision)
+        if config.reference_model_name_or_path:
+            check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
+        return prepare_tokenizer(config)
+
+    tokenizer = runtime.together(look)
+    display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     for sentence in slow_settings(config, config.mixed_precision):
         display.say(sentence)
-    assert config.dataset_name is not None  # the config refuses an unset dataset
-    sources = [(config.dataset_name, None)]
-    contexts = [context for m in models if (context := model_context(m)) is not None]
-    dataset = load_dataset_pairs(
-        config,
-        tokenizer,
-        display,
-        sources,
-        config.dataset_split,
-        context=min(contexts, default=None),
+    cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
+    dataset = runtime.leaders_first(
+        lambda: _load(config, models, tokenizer, display), is_leader=cache.leads(runtime.rank)
     )
-    for model_config in models:
-        check_fits_model(model_config, dataset)
+    agree_on_data({"to score": dataset}, runtime)
 
     def pairs_under(opened: OpenModel) -> PairScores:
         with display.stage("score", len(dataset.examples), "pair") as update:
@@ -143,12 +145,13 @@ def score(config: ScoreConfig) -> ScoreSummary:
                 update,
                 rows=config.per_device_eval_batch_size,
                 max_tokens=config.max_tokens_per_microbatch,
+                ranks=runtime,
             )
 
     longest = int(dataset.examples.longest_side.max())
     opened = open_model(config, longest, runtime, display, config)
     policy, reference, far = pairs_under(opened), None, None
-    samples = _sample(opened, dataset.examples, tokenizer, display, config)
+    samples = runtime.decide(lambda: _sample(opened, dataset.examples, tokenizer, display, config))
     drawn = _logps_of_samples(opened, samples, config, runtime)
     if len(models) > 1:
         runtime.release(opened.model)
@@ -156,8 +159,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
         opened = open_model(models[1], longest, runtime, display, config)
         reference = pairs_under(opened)
         far = drawn - _logps_of_samples(opened, samples, config, runtime)
-    if config.output:
-        write_scores(Path(config.output), dataset.examples, policy, reference, config.beta)
+    runtime.decide(lambda: _write(config, dataset.examples, policy, reference))
     margins = None
     if reference is not None and config.beta is not None:
         margins = config.beta * (
@@ -174,6 +176,28 @@ def score(config: ScoreConfig) -> ScoreSummary:
         kl_error=float(far.std(ddof=1) / len(far) ** 0.5) if samples and far is not None else None,
         output=config.output,
     )
+
+
+def _load(
+    config: ScoreConfig,
+    models: Sequence[ModelConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    display: ProgressDisplay,
+) -> PairDataset:
+    """The pairs, which all models can take."""
+    assert config.dataset_name is not None  # the config refuses an unset dataset
+    contexts = [context for m in models if (context := model_context(m)) is not None]
+    dataset = load_dataset_pairs(
+        config,
+        tokenizer,
+        display,
+        [(config.dataset_name, None)],
+        config.dataset_split,
+        context=min(contexts, default=None),
+    )
+    for model_config in models:
+        check_fits_model(model_config, dataset)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -197,16 +221,22 @@ def open_model(
 ) -> OpenModel:
     """Load a model, and choose how rows of at most `longest` tokens a side go through it."""
     display.say(f"loading {model_config.model_name_or_path}")
-    loaded = load_model(model_config, runtime.device)
+    loaded = runtime.together(lambda: load_model(model_config, runtime.device))
     attention = str(loaded.policy.model.config._attn_implementation)
-    layout = choose_layout(
-        loaded.policy,
-        config.forward_layout,
-        config.attn_implementation,
-        longest,
-        autocast=AUTOCAST[runtime.precision],
-        with_backward=False,
+    layout = runtime.decide(
+        lambda: choose_layout(
+            loaded.policy,
+            config.forward_layout,
+            config.attn_implementation,
+            longest,
+            autocast=AUTOCAST[runtime.precision],
+            with_backward=False,
+        )
     )
+    use_layout(loaded.policy, layout)
+    if runtime.world_size > 1:
+        fields = namespace_fields(loaded.policy, precision=runtime.precision, layout=layout.name)
+        agree_on_model(str(model_config.model_name_or_path), fields, runtime)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)
@@ -256,6 +286,7 @@ def _logps_of_samples(
         runtime.device,
         rows=config.per_device_eval_batch_size,
         max_tokens=config.max_tokens_per_microbatch,
+        ranks=runtime,
     )
     return sums[:, 0]
 
@@ -269,15 +300,23 @@ def score_examples(
     *,
     rows: int | None = None,
     max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> PairScores:
     """Log-prob sums of every pair under a prepared model; arguments as `answer_logps`."""
     sums = answer_logps(
-        model, examples, examples.sizes, layout, device, update, rows=rows, max_tokens=max_tokens
+        model,
+        examples,
+        examples.sizes,
+        layout,
+        device,
+        update,
+        rows=rows,
+        max_tokens=max_tokens,
+        ranks=ranks,
     )
     return PairScores(sums[:, 0], sums[:, 1])
 
 
-@torch.no_grad()
 def answer_logps(
     model: torch.nn.Module,
     examples: Sequence[TokenizedExample],
@@ -288,8 +327,11 @@ def answer_logps(
     *,
     rows: int | None = None,
     max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """(rows, answers) Log-prob sums of every answer under a prepared model, nats, fp64.
+
+    Forwards are the same however many ranks share them, so the values are, too.
 
     Args:
         model: in eval mode.
@@ -300,16 +342,33 @@ def answer_logps(
         update: called with the number of rows done.
         rows: most rows of a forward; None for any number.
         max_tokens: most token positions of a forward; None for any number.
+        ranks: share the forwards, equally many each; all call this.
     """
     batcher = RowBatcher(examples, None, layout, device)
-    sums = np.full((len(sizes), sizes.lengths.shape[-1] - 1 if len(sizes) else 1), math.nan)
-    done = 0
-    for batch in sorted_batches(sizes, layout.name, rows=rows, max_tokens=max_tokens):
+    batches = sorted_batches(sizes, layout.name, rows=rows, max_tokens=max_tokens)
+
+    @torch.no_grad()
+    def forward(batch: list[int]) -> np.ndarray:
         with _explained(batch, sizes, layout, device):
             result = pair_logps(model, batcher(batch).layout)
-        sums[batch] = result.sums.view(len(batch), -1).cpu().numpy()
-        done += len(batch)
-        update(done)
+        return result.sums.view(len(batch), -1).cpu().numpy()
+
+    def compute() -> list[np.ndarray]:
+        found, done = [], 0
+        for place in range(ranks.rank, len(batches) + ranks.rank, ranks.world_size):
+            if place < len(batches):
+                found.append(forward(batches[place]))
+                done += len(batches[place]) * ranks.world_size
+                update(min(done, len(sizes)))
+            else:  # for nothing: some engines make every forward one of all ranks
+                forward(batches[-1][-1:])
+        return found
+
+    mine = compute() if ranks.forwards_together else ranks.together(compute)
+    sums = np.full((len(sizes), sizes.lengths.shape[-1] - 1 if len(sizes) else 1), math.nan)
+    for rank, values in enumerate(ranks.gather(mine)):
+        for batch, value in zip(batches[rank :: ranks.world_size], values, strict=True):
+            sums[batch] = value
     return sums
 
 
@@ -325,6 +384,13 @@ def _explained(
         lambda: f"a micro-batch ({rows_and_tokens(*heaviest())})",
         lambda: scoring_remedies(*heaviest()),
     )
+
+
+def _write(
+    config: ScoreConfig, examples: TokenRows, policy: PairScores, reference: PairScores | None
+) -> None:
+    if config.output:
+        write_scores(Path(config.output), examples, policy, reference, config.beta)
 
 
 def write_scores(

@@ -3,12 +3,18 @@
 The reference is the policy in its initial state. Shards and their micro-batches are a pure
 function of the rows, so a pass that was killed ends in the same bytes when it is run again, and
 processes that run the same pass at once share its shards.
+
+The ranks of one run score together: rank 0 decides what to compute, alone reads and writes, and
+gives the sums to all; each forward is done by one of them.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +23,7 @@ from torch import Tensor, nn
 
 from preftune.batching.layout import Layout, build_layout, token_weights
 from preftune.batching.micro_batches import RowSizes, sorted_batches
+from preftune.distributed.ranks import ALONE, Ranks
 from preftune.model.forward import pair_logps
 from preftune.reference.fingerprints import completion_key
 from preftune.reference.store import ReferenceStore, StoredLogps, read_shard
@@ -80,6 +87,8 @@ def reference_logps(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
     shard_size: ShardSize = ShardSize(),
+    ranks: Ranks = ALONE,
+    forwards: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> ReferenceLogps:
     """Log-prob sums of every answer under the model as it is now.
 
@@ -92,22 +101,30 @@ def reference_logps(
         progress: called with (answers done, answers to do).
         say: called with a sentence for people.
         shard_size: how the pass is cut.
+        ranks: share the work; all call this with the same rows. Rank 0's store is read.
+        forwards: entered where forwards run.
 
     Raises:
-        CacheError: the store is damaged or cannot be written.
+        CacheError: the store is damaged or cannot be written; on every rank.
     """
     keys, answers = answers_of(examples)
     scorer = Scorer(model, layout, device)
-    shards = _Pass(examples, scorer, store, shard_size, progress, say)
+    shards = _Pass(examples, scorer, store, shard_size, progress, say, ranks, forwards)
     pass_id = xxhash.xxh3_64_hexdigest(b"".join(answers))
-    planned = _plan(store, pass_id, list(answers))
-    own = shards.run(pass_id, [answers[key] for key in planned])
-    known = store.read(skip_pass=pass_id) | own
-    lost = [answer for key, answer in answers.items() if key not in known]
+    planned = ranks.decide(lambda: _plan(store, pass_id, list(answers)))
+    known = shards.run(pass_id, [answers[key] for key in planned])
+
+    def find_lost() -> list[bytes]:
+        known.update(store.read(skip_pass=pass_id) | known)
+        return [key for key in answers if key not in known]
+
+    lost = ranks.decide(find_lost)
     if lost:  # values of another pass that somebody has deleted since
-        lost_id = xxhash.xxh3_64_hexdigest(b"".join(answer.key for answer in lost))
-        known |= shards.run(lost_id, lost)
-    sums = [_sums([known[key] for key in row], layout.ld_alpha) for row in keys]
+        lost_id = xxhash.xxh3_64_hexdigest(b"".join(lost))
+        known |= shards.run(lost_id, [answers[key] for key in lost])
+    sums = ranks.decide(
+        lambda: np.array([_sums([known[key] for key in row], layout.ld_alpha) for row in keys])
+    )
     return ReferenceLogps(
         sums=torch.tensor(sums, dtype=torch.float64, device=device),
         num_computed=shards.num_computed,
@@ -188,6 +205,10 @@ def _sums(row: list[StoredLogps], ld_alpha: float) -> list[float]:
     ]
 
 
+Shard: TypeAlias = tuple[Path, list[list[Answer]]]
+"""Where a shard lies, and its micro-batches."""
+
+
 @dataclass
 class _Pass:
     """Computes shards, or reads those that are there."""
@@ -198,67 +219,130 @@ class _Pass:
     size: ShardSize
     progress: Progress | None
     say: Callable[[str], None]
+    ranks: Ranks
+    forwards: Callable[[], AbstractContextManager[None]]
     num_computed: int = 0
-    """Answers, over all calls of `run`."""
+    """Answers that the ranks computed, over all calls of `run`."""
+    _has_told: bool = False
 
     def run(self, pass_id: str, missing: list[Answer]) -> dict[bytes, StoredLogps]:
-        """The values of `missing`: one process computes a shard, and the others read it."""
-        pending = self._shards(pass_id, missing)
-        values: dict[bytes, StoredLogps] = {}
-        has_told = False
+        """The values of `missing`, on rank 0.
 
-        def report(num_more: int) -> None:
-            if self.progress is not None:
-                self.progress(len(values) + num_more, len(missing))
+        In rounds: rank 0 takes as many shards as there are ranks, of those that no other process
+        computes; the ranks share their micro-batches; rank 0 writes.
+        """
+        shards = self._shards(pass_id, missing)
+        pending, values = list(range(len(shards))), {}
+        report = partial(self._report, len(missing), values)
+        while True:
+            # What is claimed stays so until it is written.
+            with ExitStack() as claims:
+                take = partial(self._take, shards, pending, values, claims)
+                taken = self.ranks.decide(take)
+                report(0)
+                if taken is None:
+                    return values
+                if taken:
+                    batches = [batch for index in taken for batch in shards[index][1]]
+                    computed = self._scored(batches, report)
+                    self.num_computed += len(computed)
+                    keep = partial(self._keep, shards, pending, values, taken, computed)
+                    self.ranks.decide(keep)
 
-        while pending:
-            held = []
-            for path, batches in pending:
-                stored = self._shard(path, batches, report)
-                if stored is None:
-                    held.append((path, batches))
-                else:
-                    values.update(stored)
-                    report(0)
-            if len(held) == len(pending):
-                if not has_told:
-                    self.say(
-                        f"waiting for {len(held)} shards of reference log-probs, which another "
-                        f"process is computing in {self.store.folder}"
-                    )
-                    has_told = True
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            pending = held
-        return values
-
-    def _shards(self, pass_id: str, missing: list[Answer]) -> list[tuple[Path, list[list[Answer]]]]:
-        """Where the shards of a pass lie, and their micro-batches."""
+    def _shards(self, pass_id: str, missing: list[Answer]) -> list[Shard]:
         batches, step = self.scorer.batches(missing, self.size.tokens), self.size.micro_batches
         return [
             (self.store.shard_path(pass_id, index), batches[start : start + step])
             for index, start in enumerate(range(0, len(batches), step))
         ]
 
-    def _shard(
-        self, path: Path, batches: list[list[Answer]], report: Callable[[int], None]
-    ) -> dict[bytes, StoredLogps] | None:
-        """The entries of one shard; None while another process computes it."""
-        keys = [answer.key for batch in batches for answer in batch]
-        stored = _stored(path, keys)
-        if stored is not None:
-            return stored
-        with self.store.claim(path) as is_ours:
-            if not is_ours:
-                return None
+    def _take(
+        self,
+        shards: list[Shard],
+        pending: list[int],
+        values: dict[bytes, StoredLogps],
+        claims: ExitStack,
+    ) -> list[int] | None:
+        """Read what is there by now, and claim what to compute next.
+
+        Returns:
+            Which shards; None once all are read; none of them while other processes compute all
+            that is left.
+        """
+        taken: list[int] = []
+        for index in list(pending):
+            if len(taken) == self.ranks.world_size:
+                break
+            path, batches = shards[index]
+            keys = _keys(batches)
             stored = _stored(path, keys)
-            if stored is None:
-                stored = {}
-                for batch in batches:
-                    stored |= self.scorer(self.examples, batch)
-                    report(len(stored))
-                self.store.write_shard(path, stored)
-                self.num_computed += len(keys)
-        return stored
+            if stored is None and claims.enter_context(self.store.claim(path)):
+                stored = _stored(path, keys)
+                if stored is None:
+                    taken.append(index)
+            if stored is not None:
+                values |= stored
+                pending.remove(index)
+        if not pending:
+            return None
+        if not taken:
+            self._wait(len(pending))
+        return taken
+
+    def _wait(self, num_shards: int) -> None:
+        if not self._has_told:
+            self.say(
+                f"waiting for {num_shards} shards of reference log-probs, which another process "
+                f"is computing in {self.store.folder}"
+            )
+            self._has_told = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _scored(
+        self, batches: list[list[Answer]], report: Callable[[int], None]
+    ) -> dict[bytes, StoredLogps]:
+        """The values of micro-batches, on every rank; each is one rank's work."""
+        ranks = self.ranks
+
+        def compute() -> dict[bytes, StoredLogps]:
+            values: dict[bytes, StoredLogps] = {}
+            with self.forwards():
+                for place in range(ranks.rank, len(batches) + ranks.rank, ranks.world_size):
+                    if place < len(batches):
+                        values |= self.scorer(self.examples, batches[place])
+                        report(len(values) * ranks.world_size)
+                    else:  # for nothing: some engines make every forward one of all ranks
+                        self.scorer(self.examples, batches[-1][-1:])
+            return values
+
+        mine = compute() if ranks.forwards_together else ranks.together(compute)
+        whole: dict[bytes, StoredLogps] = {}
+        for part in ranks.gather(mine):
+            whole |= part
+        return whole
+
+    def _keep(
+        self,
+        shards: list[Shard],
+        pending: list[int],
+        values: dict[bytes, StoredLogps],
+        taken: list[int],
+        computed: dict[bytes, StoredLogps],
+    ) -> None:
+        for index in taken:
+            path, batches = shards[index]
+            entries = {key: computed[key] for key in _keys(batches)}
+            self.store.write_shard(path, entries)
+            values |= entries
+            pending.remove(index)
+
+    def _report(self, number: int, values: Mapping[bytes, StoredLogps], num_more: int) -> None:
+        if self.progress is not None:
+            self.progress(min(len(values) + num_more, number), number)
+
+
+def _keys(batches: list[list[Answer]]) -> list[bytes]:
+    return [answer.key for batch in batches for answer in batch]
 
 
 def _stored(path: Path, keys: list[bytes]) -> dict[bytes, StoredLogps] | None:

@@ -190,6 +190,16 @@ class ReferenceStore:
         with _writing(path), replacing(path) as temporary:
             save_file(tensors, temporary, metadata={CHECKSUM: _checksum(tensors)})
 
+    def write_copy(self, name: str, content: bytes) -> None:
+        """Take over a file of the same namespace on another file system, whole or not at all.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        path = self.folder / name
+        with _writing(path), replacing(path) as temporary:
+            temporary.write_bytes(content)
+
 
 def shards_in(folder: Path) -> list[Path]:
     """The files of a namespace that hold values, oldest first."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from preftune.batching.layout import LayoutName
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
+from preftune.distributed.folders import PROBE
 from preftune.errors import CheckpointError
 from preftune.files import refuse_if_held, write_atomically
 from preftune.redaction import redacted_values
@@ -99,7 +100,8 @@ class RunFolder:
 
     def has_content(self) -> bool:
         """Whether anything lies there but what a kill during the first write left."""
-        return any(not path.name.startswith(".run.json.") for path in self.root.iterdir())
+        left = (".run.json.", PROBE)
+        return any(not path.name.startswith(left) for path in self.root.iterdir())
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""

@@ -165,7 +165,7 @@ def _global_batches(
         return [None] * len(micro_batches)
     with torch.no_grad():
         parts = [objective.rows(model, micro_batch) for micro_batch in micro_batches]
-    # Of all rows, this share's are every data_size-th.
-    slots = torch.arange(num_rows, device=runtime.device)[runtime.data_rank :: runtime.data_size]
-    whole = gathered(parts, slots, num_rows, runtime.sum_shares)
-    return [GlobalBatch(whole, own) for own in slots.split([mb.num_rows for mb in micro_batches])]
+    slots = [mb.slots for mb in micro_batches if mb.slots is not None]
+    assert len(slots) == len(micro_batches)  # laid out with their global batch
+    whole = gathered(parts, torch.cat(slots), num_rows, runtime.sum_shares)
+    return [GlobalBatch(whole, own) for own in slots]

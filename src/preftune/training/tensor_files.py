@@ -35,6 +35,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_KEY = "__metadata__"
+# How torch.distributed.checkpoint's safetensors files say where a part stands in its tensor.
+_PLACES_KEY, _PLACE_KEY = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 class Damaged(Exception):
@@ -57,9 +59,24 @@ def write_bytes(path: Path, content: bytes) -> FileSum:
     return FileSum(len(content), xxhash.xxh3_128_hexdigest(content))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileSum:
-    """Write tensors by name; those of a device pass through the host one by one."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], first_rows: Mapping[str, int] | None = None
+) -> FileSum:
+    """Write tensors by name; those of a device pass through the host one by one.
+
+    Args:
+        path: of the new file.
+        tensors: what it holds.
+        first_rows: where they are parts: the number of their first row in the whole tensor, as
+            `torch.distributed.checkpoint.HuggingFaceStorageReader` reads it.
+    """
     header: dict[str, Any] = {}
+    if first_rows is not None:
+        places = {
+            name: {_PLACE_KEY: [first_rows[name], *[0] * (tensor.ndim - 1)][: tensor.ndim]}
+            for name, tensor in tensors.items()
+        }
+        header[_HEADER_KEY] = {_PLACES_KEY: json.dumps(places), "DCP_VERSION": "1.0"}
     position = 0
     # Wide types first, as the package orders them, so that each stands at a multiple of its width.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
@@ -184,6 +201,22 @@ class TensorFile:
             if not _fill(self._file, chunk):
                 raise Damaged(f"{self.path.name} ends too early")
             self._digest.update(chunk)
+
+
+def first_rows(metadata: Mapping[str, str] | None) -> dict[str, int]:
+    """Where the parts of a file begin, by the metadata of its header; none that is a whole tensor.
+
+    Raises:
+        ValueError: the metadata makes no sense.
+    """
+    try:
+        places = json.loads((metadata or {}).get(_PLACES_KEY, "{}"))
+        found = {name: place[_PLACE_KEY] for name, place in places.items()}
+        if any(min(place, default=0) < 0 or any(place[1:]) for place in found.values()):
+            raise ValueError("parts of other than rows")
+        return {name: int(place[0]) for name, place in found.items() if place}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
 
 
 def _fill(file: Any, view: memoryview) -> bool:

@@ -1,14 +1,23 @@
 """Micro-batches are pure functions of lengths: nothing is lost, budgets hold, prompts meet."""
 
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.batching.layout import build_layout
-from preftune.batching.micro_batches import MicroBatching, RowSizes, num_positions, sorted_batches
+from preftune.batching.batcher import RowBatcher
+from preftune.batching.layout import Layout, build_layout
+from preftune.batching.micro_batches import (
+    MicroBatching,
+    RowSizes,
+    deal,
+    num_positions,
+    sorted_batches,
+)
 from tests.examples import make_examples
 
 LAYOUTS = ("shared_prefix", "concatenated", "separate")
@@ -35,20 +44,77 @@ def test_ranks_share_a_batch_and_make_equally_many_micro_batches(sizes, layout, 
     batch = list(range(len(sizes)))
     shares = [batching.split(batch, rank, world) for rank in range(world)]
     assert Counter(r for share in shares for mb in share for r in mb) == Counter(batch)
-    assert len({len(share) for share in shares}) == 1
+    most = math.ceil(len(batch) / world)
+    assert {len(share) for share in shares} == {math.ceil(most / rows)}
     assert all(len(mb) <= rows for share in shares for mb in share)
+    assert all(sum(map(len, share)) <= most for share in shares)
 
 
 @given(sizes(), st.sampled_from(LAYOUTS), st.integers(2, 300), st.integers(1, 4))
-def test_a_budget_holds_and_ranks_keep_their_rows(sizes, layout, budget, world):
+def test_a_budget_holds_and_ranks_differ_by_one_row_at_most(sizes, layout, budget, world):
     packed = MicroBatching(sizes, layout, 1, budget)
     batch = list(range(len(sizes)))
     shares = [packed.split(batch, rank, world) for rank in range(world)]
+    assert Counter(r for share in shares for mb in share for r in mb) == Counter(batch)
     assert len({len(share) for share in shares}) == 1
-    for rank, share in enumerate(shares):
-        assert sorted(r for mb in share for r in mb) == batch[rank::world]
+    for share in shares:
         for mb in share:
             assert len(mb) <= 1 or num_positions(mb, sizes, layout) <= budget
+        positions = [num_positions(mb, sizes, layout) for mb in share]
+        assert world == 1 or positions == sorted(positions, reverse=True)
+    alone = [num_positions([row], sizes, layout) for row in batch]
+    loads = [sum(alone[r] for mb in share for r in mb) for share in shares]
+    assert max(loads) - min(loads) <= max(alone)
+
+
+@given(sizes(), st.sampled_from(LAYOUTS), st.integers(1, 9), st.permutations(range(9)))
+def test_one_rank_takes_the_batch_as_it_comes(sizes, layout, rows, order):
+    batch = [row for row in order if row < len(sizes)]
+    cut = [batch[i : i + rows] for i in range(0, len(batch), rows)]
+    assert MicroBatching(sizes, layout, rows).split(batch) == cut
+
+
+def test_the_costliest_row_is_dealt_first_to_the_rank_with_least():
+    # Rows of 9, 3, 8, 4, 5 and 1 positions: 9 | 8; 9 | 8 5; 9 4 | 8 5; 9 4 3 | 8 5; 9 4 3 | 8 5 1.
+    lengths = np.array([[1, 4, 4], [1, 1, 1], [1, 4, 3], [1, 2, 1], [1, 2, 2], [1, 0, 0]])
+    sizes = RowSizes(np.arange(6, dtype=np.uint64), lengths)
+    batch = [5, 0, 1, 2, 3, 4]
+    assert deal(batch, sizes, "shared_prefix", 2) == [[0, 1, 3], [5, 2, 4]]
+    # At most three rows a rank: 9 1 1 | 7 5 .
+    assert deal([0, 5, 5, 5, 5], sizes, "shared_prefix", 2) == [[0], [5, 5, 5, 5]]
+    assert deal([0, 5, 5, 5, 5], sizes, "shared_prefix", 2, 3) == [[0, 5], [5, 5, 5]]
+    assert deal([0], sizes, "shared_prefix", 3) == [[0], [], []]
+
+
+@pytest.mark.parametrize(("budget", "idle"), [(None, 0.07), (4096, 0.02)])
+def test_ranks_idle_less_than_with_every_nth_row(budget, idle):
+    """Lengths as of chats; 8 ranks, 64 pairs a step: the share of tokens that ranks wait for."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal([[4.5, 5, 5]], 0.8, size=(1280, 3)).astype(np.int64) + 1
+    sizes = RowSizes(np.arange(1280, dtype=np.uint64), lengths)
+    batching = MicroBatching(sizes, "shared_prefix", 8, budget)
+    old, new = [], []
+    for start in range(0, 1280, 64):
+        batch = range(start, start + 64)
+        shares = [batching.split(batch, rank, 8) for rank in range(8)]
+        for waits, dealt in (
+            (new, [[r for mb in share for r in mb] for share in shares]),
+            (old, [batch[rank::8] for rank in range(8)]),
+        ):
+            loads = [lengths[rows].sum() for rows in dealt]
+            waits.append(1 - np.mean(loads) / max(loads))
+    assert np.mean(new) < idle < 0.2 < np.mean(old)
+
+
+@given(sizes(max_rows=12), st.integers(20, 300), st.integers(1, 3), st.randoms())
+def test_micro_batches_know_where_their_rows_stand_in_the_batch(sizes, budget, world, random):
+    batch = random.sample(range(len(sizes)), len(sizes))
+    batcher = RowBatcher(make_examples(12), None, Layout("separate"), torch.device("cpu"))
+    for rank in range(world):
+        for rows in MicroBatching(sizes, "separate", 1, budget).split(batch, rank, world):
+            slots = batcher(rows, batch).slots
+            assert slots is not None
+            assert [batch[slot] for slot in slots.tolist()] == rows
 
 
 def test_first_fit_needs_few_micro_batches_and_lets_prompts_meet():
@@ -97,4 +163,4 @@ def test_the_heaviest_micro_batch_is_found_wherever_it_comes():
     lengths = np.array([[1, 1, 1]] * 5 + [[9, 9, 9]] + [[1, 1, 1]] * 2)
     batching = MicroBatching(RowSizes(np.arange(8, dtype=np.uint64), lengths), "shared_prefix", 2)
     assert batching.heaviest([[0, 1, 2, 3], [4, 5, 6, 7]]) == [4, 5]
-    assert batching.heaviest([[0, 1, 2, 3], [4, 5, 6, 7]], rank=1, world_size=2) == [5, 7]
+    assert batching.heaviest([[0, 1, 2, 3], [4, 5, 6, 7]], rank=0, world_size=2) == [5, 7]
