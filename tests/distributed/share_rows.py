@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 share_rows.py SIZE CASE...
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from preftune.model.attention import SEGMENTS
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.schema import Completion, TokenizedExample
 from tests.invariants.test_host_syncs import CountSyncs
+from tests.memory import saved_sizes
 from tests.unit.model.test_layouts import MIXTURES, PACKED, batch, make_policy
 
 LIMIT = 23
@@ -127,6 +129,22 @@ def check_waits(runtime: Runtime) -> None:
     assert not counter.seen, counter.seen
 
 
+def check_memory(runtime: Runtime) -> None:
+    """What is kept for the backward shrinks with the tokens; masks of attention do not."""
+    group = runtime.sequence_group
+    assert group is not None
+    policy = make_policy(*CASES["llama"])
+    policy.model.set_attn_implementation(SEGMENTS)
+    policy.sequence_group = group
+    kept = []
+    for part in (None, RowPart(group.rank, group.size)):
+        layout = build_layout(batch(), Layout("shared_prefix", policy.limits, part=part))
+        kept.append(sum(saved_sizes(partial(pair_logps, policy, layout), policy)))
+    assert kept[1] < (1 / group.size + 0.1) * kept[0], kept
+    if runtime.is_main:
+        print(f"kept for the backward: {kept[1] / kept[0]:.3f}", flush=True)
+
+
 def main() -> None:
     """Check the cases of the command line."""
     torch.set_num_threads(1)
@@ -136,6 +154,7 @@ def main() -> None:
         check(name, runtime)
     check_mutant(runtime)
     check_waits(runtime)
+    check_memory(runtime)
     leave_process_group()
 
 
