@@ -220,6 +220,13 @@ MISTAKES = {
     "a prompt longer than the whole": given(max_length=64, max_prompt_length=128),
     "use_cache with checkpointing": given(use_cache="true", gradient_checkpointing="true"),
     "nothing to fill the cache with": given(cache_dataset_only="true", dataset_cache_mode="off"),
+    "more processes to a row than heads": given(sequence_parallel_size=8),
+    "a row for no process": given(sequence_parallel_size=0),
+    "padded pairs shared out": given(sequence_parallel_size=2, concatenated_forward="true"),
+    "a kernel without packed rows, shared out": given(
+        sequence_parallel_size=2, attn_implementation="eager"
+    ),
+    "dropout in rows that are shared out": given(sequence_parallel_size=2, disable_dropout="false"),
     # ---- which data
     "two data sources": given(dataset_mixer="{pairs.jsonl: 1.0}"),
     "no data source": given(dataset_name=LEFT_OUT),
@@ -569,6 +576,21 @@ def test_a_precision_that_the_cpu_computes_in_software_is_said_aloud(root, capsy
     assert told in capsys.readouterr().out
     assert main(["train", *words]) == 2  # the weights cannot be read
     assert told in capsys.readouterr().err
+
+
+def test_processes_that_make_no_group(root, capsys, monkeypatch):
+    """`check` without a launcher takes as many as there must be, and does not look for them."""
+    words = arguments(tiny_settings(root, sequence_parallel_size=2))
+    assert main(["check", *words]) == 0
+    told = "pairs a step: 8 = 4 x 2 accumulated x 1 groups of 2 processes\n"
+    assert told in capsys.readouterr().out
+    assert main(["train", *words]) == 2
+    one = "sequence_parallel_size is 2, and 1 process runs; start a multiple of it, or set it to "
+    assert one in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["check", *words]) == 2
+    three = one.replace("1 process runs", "3 processes run")
+    assert three in capsys.readouterr().err
 
 
 def test_check_prints_what_the_run_would_do(root, capsys):

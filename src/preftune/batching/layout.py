@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from preftune.batching.shards import RowPart, Shard, make_shard
 from preftune.config.dpo import Layout as LayoutName
 from preftune.schema import Completion, TokenizedExample
 
@@ -78,6 +79,8 @@ class Block:
     """fp64: how much each scored token weighs in an answer's weighted sum; None: 1 each."""
     row_lengths: Int[Tensor, " rows"] | None = None
     """Tokens of each row that are no padding; None: all."""
+    shard: Shard | None = None
+    """What this process computes of a packed row that several share; None: all of it."""
 
     @property
     def real_tokens(self) -> Bool[Tensor, " tokens"]:
@@ -97,7 +100,10 @@ class Block:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Block":
         tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        if self.shard is None:
+            return replace(self, **tensors)
+        parts = {k: change(v) for k, v in vars(self.shard).items()}
+        return replace(self, shard=Shard(**parts), **tensors)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,8 @@ class Layout:
     scores_prompt: bool = False
     """Whether each row has one more answer, numbered behind its others: its own prompt, of which
     all tokens but the first are scored, in the place where the model reads them anyway."""
+    part: RowPart | None = None
+    """Which process lays them out, where several share each packed row."""
 
 
 def token_weights(num_scored: Sequence[int], ld_alpha: float) -> list[list[float]]:
@@ -209,7 +217,7 @@ def build_layout(examples: Sequence[TokenizedExample], layout: Layout | LayoutNa
         groups = [sequences[side::per_example] for side in range(per_example)]
     groups = [part for group in groups for part in _kept_apart(group, layout.limits)]
     if layout.name == "shared_prefix":
-        blocks = tuple(_packed_block(group, weights) for group in groups)
+        blocks = tuple(_shared(_packed_block(group, weights), layout) for group in groups)
         num_tokens = sum(block.input_ids.numel() for block in blocks)
     else:
         blocks = tuple(_padded_block(group, weights) for group in groups)
@@ -329,6 +337,15 @@ def _packed_block(sequences: list[_Sequence], weights: list[list[float]] | None)
         position_ids=torch.tensor([row.positions]),
         segments=Segments(tuple(row.spans)),
     )
+
+
+def _shared(block: Block, layout: Layout) -> Block:
+    """With this process' part, where several share the row."""
+    if layout.part is None or block.position_ids is None:
+        return block
+    row = block.input_ids, block.position_ids, block.score_positions
+    same_longest = bool(layout.limits.lengths)
+    return replace(block, shard=make_shard(*row, layout.part, same_longest=same_longest))
 
 
 class _PackedRow:

@@ -45,6 +45,11 @@ class DistributedConfig(Section):
     """ZeRO stage 3: devices of one host that hold a second copy of the weights among them, so that
     the backward gathers inside the host; 1 is off. Unset: off."""
 
+    sequence_parallel_size: int = 1
+    """Processes that share each packed row, token by token, for rows too long for the memory of
+    one; 1 (off) or more. It must divide the number of processes and the model's attention heads.
+    A step takes the same pairs as on that many times fewer processes."""
+
     @property
     def shards(self) -> bool:
         """Whether a device holds a part of the training state only."""
@@ -64,7 +69,8 @@ class DistributedConfig(Section):
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
-        return [*_zero_problems(self), *_fsdp_problems(self)]
+        found = [*_zero_problems(self), *_fsdp_problems(self)]
+        return found + count("sequence_parallel_size", self.sequence_parallel_size)
 
 
 def _zero_problems(section: DistributedConfig) -> list[Problem]:

@@ -67,6 +67,7 @@ class ExperimentConfig(
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
+        found += self._sequence_problems()
         found += self._best_metric_problems()
         if self.sync_reference and self.shards:
             message = (
@@ -90,6 +91,26 @@ class ExperimentConfig(
             for key, value in settings.items()
             if value is not None
         ]
+
+    def _sequence_problems(self) -> list[Problem]:
+        """Of what sharing rows out cannot do."""
+        size = self.sequence_parallel_size
+        if size <= 1:
+            return []
+        found, key = [], "sequence_parallel_size"
+        if self.wanted_layout in ("concatenated", "separate"):
+            message = f"it shares out packed rows, and the layout is {self.wanted_layout}: leave "
+            message += "forward_layout and concatenated_forward out, or set it to 1"
+            found.append(Problem(key, size, message, ("forward_layout", "concatenated_forward")))
+        if self.attn_implementation == "eager":
+            message = "it shares out packed rows, and attn_implementation eager has none: take "
+            message += "auto or sdpa, or set it to 1"
+            found.append(Problem(key, size, message, ("attn_implementation",)))
+        if not self.disable_dropout:
+            message = "disable_dropout is false, and processes draw the same random numbers, each "
+            message += "for its part of a row: leave that out, or set this to 1"
+            found.append(Problem(key, size, message, ("disable_dropout",)))
+        return found
 
     def _best_metric_problems(self) -> list[Problem]:
         metric = self.metric_for_best_model

@@ -56,7 +56,8 @@ class TrainingConfig(Section):
 
     gradient_accumulation_steps: int = 1
     """Forwards and backwards before one optimizer step, 1 (off) or more. The global batch is
-    this times `per_device_train_batch_size` times the number of devices."""
+    this times `per_device_train_batch_size` times the number of devices (of groups of devices:
+    `sequence_parallel_size`)."""
 
     learning_rate: float = 5e-7
     """Highest learning rate of the schedule, above 0."""
@@ -116,11 +117,15 @@ class TrainingConfig(Section):
             return None
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
 
-    def global_batch_size(self, world_size: int) -> int:
-        """Pairs of one optimizer step over all devices."""
+    def global_batch_size(self, shares: int) -> int:
+        """Pairs of one optimizer step.
+
+        Args:
+            shares: devices, or groups of devices that share each row.
+        """
         if self.total_batch_size is not None:
             return self.total_batch_size
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * shares
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""

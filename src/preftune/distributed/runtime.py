@@ -21,6 +21,7 @@ from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
 from preftune.distributed.fsdp import FSDPEngine
 from preftune.distributed.peers import meet_peers
 from preftune.distributed.ranks import Ranks
+from preftune.distributed.sequence import SequenceGroup, num_groups
 from preftune.distributed.zero import ZeroEngine
 from preftune.errors import ConfigError, PreftuneError
 
@@ -87,6 +88,9 @@ def tell_peers(error: PreftuneError) -> NoReturn:
 class Runtime(Ranks):
     """One process among its peers."""
 
+    sequence_group: SequenceGroup | None = None
+    """Who shares each row with this rank; None: nobody."""
+
     def __init__(self, precision: Precision, seed: int, collective_seconds: float = 7200.0) -> None:
         """Start the process group, if the launcher made one, and seed every generator.
 
@@ -95,6 +99,7 @@ class Runtime(Ranks):
             seed: of every generator.
             collective_seconds: how long to wait for the other processes.
         """
+        self._timeout = timedelta(seconds=collective_seconds)
         self.precision: Precision = precision
         # Accelerate keeps the first precision of a process for good; a Python session may well
         # train twice, in two precisions. The process group stays.
@@ -103,7 +108,7 @@ class Runtime(Ranks):
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
         self._accelerator.gradient_accumulation_steps = 1
@@ -115,6 +120,30 @@ class Runtime(Ranks):
             )
         set_seed(seed)
         meet_peers(self.gather)
+
+    def share_rows(self, size: int) -> None:
+        """Let as many consecutive ranks share each row.
+
+        Args:
+            size: `sequence_parallel_size`, the same on all ranks.
+
+        Raises:
+            ConfigError: the ranks do not make whole groups; on every rank.
+        """
+        self.together(lambda: num_groups(self.world_size, size))
+        if size > 1:
+            self.sequence_group = SequenceGroup(size, self._timeout)
+
+    @property
+    def data_size(self) -> int:
+        """How many shares a global batch is dealt into."""
+        group = self.sequence_group
+        return self.world_size if group is None else self.world_size // group.size
+
+    @property
+    def data_rank(self) -> int:
+        """Whose share this rank works on, alone or with the others of its sequence group."""
+        return self.rank if self.sequence_group is None else self.rank // self.sequence_group.size
 
     @property
     def device(self) -> torch.device:
@@ -202,6 +231,14 @@ class Runtime(Ranks):
         if self.world_size == 1:
             return tensor
         return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def sum_shares(self, tensor: Tensor) -> Tensor:
+        """Sum over the shares of a batch, where each rank brings what it knows of its own."""
+        group = self.sequence_group
+        # All ranks of a sequence group know the same.
+        return self.all_reduce(
+            tensor if group is None or not group.rank else torch.zeros_like(tensor)
+        )
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set on some rank: one decision for all. Waits, on several ranks."""

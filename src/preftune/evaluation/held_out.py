@@ -47,20 +47,20 @@ def evaluate_pairs(
         prefix.
     """
     # Every rank runs the same number of forwards; short ranks run dummies that count nothing.
-    per_rank = -(-len(batches) // runtime.world_size)
-    mine = batches[runtime.rank :: runtime.world_size]
+    per_rank = -(-len(batches) // runtime.data_size)
+    mine = batches[runtime.data_rank :: runtime.data_size]
     was_training = model.training
     model.eval()
     parts = []
     done, num_pairs = 0, len(batcher.examples)
     for rows in [*mine, *[[]] * (per_rank - len(mine))]:
         parts.append(objective.rows(model, batcher(rows)))
-        done += len(rows) * runtime.world_size
+        done += len(rows) * runtime.data_size
         if progress is not None:
             progress(min(done, num_pairs), num_pairs)
     model.train(was_training)
     slots = torch.tensor([row for rows in mine for row in rows], device=runtime.device)
-    logps = gathered(parts, slots, num_pairs, runtime.all_reduce)
+    logps = gathered(parts, slots, num_pairs, runtime.sum_shares)
     output = objective.output(logps, running=running)
     sums = MetricSums()
     for name, metric in output.metrics.items():

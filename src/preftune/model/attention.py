@@ -18,8 +18,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from preftune.batching.layout import Segments
+from preftune.distributed.sequence import SequenceGroup
 from preftune.model.attention_flex import block_attention
 from preftune.model.attention_rules import ScoreRules
+from preftune.model.attention_shards import shared_attention
 from preftune.model.attention_spans import span_attention
 from preftune.model.attention_varlen import flash_attention, varlen_attention
 
@@ -66,6 +68,7 @@ def _register(name: str, kernel: Kernel) -> None:
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         segments: Segments | None = None,
+        sequence_group: SequenceGroup | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls in each layer.
@@ -82,6 +85,7 @@ def _register(name: str, kernel: Kernel) -> None:
             softcap: of scores.
             s_aux: sinks.
             segments: the spans; reaches this function as a keyword of the model's forward.
+            sequence_group: who shares the row, whose tokens these then are a part of; alike.
 
         Returns:
             (1, tokens, heads, value_dim), and no weights.
@@ -92,7 +96,10 @@ def _register(name: str, kernel: Kernel) -> None:
         dims = query.shape[-1], value.shape[-1]
         segments.calls.append(LayerCall(layer, *dims, softcap is not None, s_aux is not None))
         rules = ScoreRules(scaling, dropout, sliding_window, softcap, s_aux)
-        return kernel(query, key, value, segments, rules), None
+        if sequence_group is None:
+            return kernel(query, key, value, segments, rules), None
+        shared = shared_attention(kernel, query, key, value, segments, rules, sequence_group)
+        return shared, None
 
     AttentionInterface.register(name, attention)
 

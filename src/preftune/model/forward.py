@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from preftune.batching.layout import Block, PairLayout
+from preftune.batching.shards import Shard
+from preftune.distributed.sequence import SequenceGroup
 from preftune.model.load_balancing import Routing, experts_a_token, routing_of
 from preftune.model.logprob_head import (
     HeadTransform,
@@ -74,6 +76,8 @@ class PolicyModel(nn.Module):
         self.limits = length_limits(model.config)
         self.compact_head = compact_head
         self.use_cache = use_cache
+        self.sequence_group: SequenceGroup | None = None
+        """Who shares the rows of layouts that give each process a part."""
         self.transform = (
             HeadTransform.from_config(model.config) if compact_head else HeadTransform()
         )
@@ -125,11 +129,13 @@ class PolicyModel(nn.Module):
         logps, alignment = token_logps(
             hidden,
             head,
-            block.labels,
+            block.labels if block.shard is None else block.labels[block.shard.scored],
             self.transform,
             with_alignment=with_alignment,
             chunk_size=self.head_chunk_size,
         )
+        if block.shard is not None:
+            logps, alignment = self._of_the_row(logps, alignment, block, block.shard)
         # segment_reduce sums in a fixed order on every device, where index_add_ does not on CUDA.
         sums = torch.segment_reduce(logps.double(), "sum", lengths=block.lengths, unsafe=True)
         weighted, means = None, None
@@ -148,32 +154,57 @@ class PolicyModel(nn.Module):
         self, block: Block, with_routing: bool
     ) -> tuple[Tensor, nn.Module, Routing | None]:
         options = self._options(block)
+        part = block if block.shard is None else block.shard
         if with_routing:
             options["output_router_logits"] = True
         if self.compact_head:
             # No attention mask and no position ids: right padding needs neither under causal
             # attention, and transformers would read restarting positions as packed documents.
-            output = self.model.base_model(block.input_ids, **options)
+            output = self.model.base_model(part.input_ids, **options)
             hidden = output[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
         else:
-            output = self.model(block.input_ids, **options)
+            output = self.model(part.input_ids, **options)
             hidden = output.logits
             head = nn.Identity()
         routing = None
         if with_routing:
             top_k = experts_a_token(self.model.config)
             assert top_k is not None  # the recipe refuses models without routers
-            routing = routing_of(output.router_logits, top_k, block.real_tokens)
-        return hidden.flatten(0, 1)[block.score_positions], head, routing
+            if block.shard is None:
+                routing = routing_of(output.router_logits, top_k, block.real_tokens)
+            else:
+                own = routing_of(output.router_logits, top_k, block.shard.real)
+                routing = own.summed(self._group.total)
+        return hidden.flatten(0, 1)[part.score_positions], head, routing
 
     def _options(self, block: Block) -> dict[str, Any]:
         options: dict[str, Any] = {"use_cache": self.use_cache}
         if block.segments is not None:
             # A keyword reaches every layer, and activation checkpointing keeps it for the backward.
             options |= {"position_ids": block.position_ids, "segments": block.segments}
+        if block.shard is not None:
+            options["position_ids"] = block.shard.position_ids
+            options["sequence_group"] = self._group
         return options
+
+    @property
+    def _group(self) -> SequenceGroup:
+        assert self.sequence_group is not None  # the recipe gives one before it shares rows
+        return self.sequence_group
+
+    def _of_the_row(
+        self, logps: Tensor, alignment: Tensor | None, block: Block, shard: Shard
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the tokens predicted here to all of the row's, in their order."""
+        # Each is given by one process and 0 on the others: the sum is exact.
+        whole = logps.new_zeros(len(block.labels)).index_copy(0, shard.scored, logps)
+        whole = self._group.total(whole)
+        if alignment is not None:
+            alignment = torch.zeros_like(whole).index_copy(0, shard.scored, alignment)
+            alignment = self._group.total(alignment.detach())
+        return whole, alignment
 
 
 def pair_logps(

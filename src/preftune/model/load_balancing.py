@@ -1,7 +1,7 @@
 """How evenly a mixture of experts spreads its tokens over them."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,17 @@ class Routing(NamedTuple):
             self.probabilities + other.probabilities,
             self.num_tokens + other.num_tokens,
         )
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> "Routing":
+        """Of the tokens of several processes.
+
+        Args:
+            total: sums a tensor over them.
+        """
+        experts = len(self.taken)
+        numbers = total(torch.cat((self.probabilities, self.taken, self.num_tokens[None])))
+        taken = numbers[experts:-1].detach()
+        return Routing(taken, numbers[:experts], numbers[-1].detach())
 
     @property
     def loss(self) -> Float[Tensor, ""]:

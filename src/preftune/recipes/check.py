@@ -13,6 +13,7 @@ from preftune.data.pairs import PairDataset
 from preftune.data.sources import open_source
 from preftune.data.transforms import load_transforms
 from preftune.distributed.runtime import resolve_precision
+from preftune.distributed.sequence import num_groups
 from preftune.errors import Findings
 from preftune.recipes.dpo import count_steps
 from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs, over_budget
@@ -86,10 +87,12 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
     """Batch size, steps and tokens.
 
     Raises:
-        ConfigError: the warm-up would take all steps.
+        ConfigError: the warm-up would take all steps, or the processes do not make groups.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = config.global_batch_size(world_size)
+    size = config.sequence_parallel_size
+    # Without a launcher: as many as it takes.
+    shares = num_groups(int(os.environ.get("WORLD_SIZE", size)), size)
+    batch = config.global_batch_size(shares)
     sampler = PairSampler(len(train.examples), batch, config.resolved_data_seed, config.shuffle)
     steps, an_epoch = count_steps(config, sampler), sampler.steps_per_epoch
     tokens, lengths = train.examples.num_tokens, train.examples.longest_side
@@ -99,7 +102,8 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
         once, side = "once an answer", "a prompt and its answer"
     return [
         f"{train.unit} a step: {batch} = {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps} accumulated x {world_size} processes",
+        f"{config.gradient_accumulation_steps} accumulated x {shares} "
+        + ("processes" if size == 1 else f"groups of {size} processes"),
         f"steps: {steps} ({an_epoch} an epoch)",
         f"tokens, each prompt counted {once}: {about}{round(tokens * steps / an_epoch)} "
         f"({tokens} an epoch)",

@@ -13,8 +13,9 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
-from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.model.layout_choice import choose_layout, use_layout
+from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
+from preftune.model.forward import PolicyModel
+from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
 from preftune.model.load import load_model
 from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
@@ -87,6 +88,7 @@ def _train(
     runtime = Runtime(precision, config.seed, config.collective_seconds)
     agree_on_start(config, runtime)
     start, pinned, tokenizer = check_setup(config, runtime)
+    runtime.share_rows(config.sequence_parallel_size)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
         display.say(f"the run in {start.folder.root} is finished; nothing to do")
@@ -106,7 +108,7 @@ def _train(
         display.say(sentence)
     sampler = PairSampler(
         len(pairs.train.examples),
-        config.global_batch_size(runtime.world_size),
+        config.global_batch_size(runtime.data_size),
         config.resolved_data_seed,
         config.shuffle,
     )
@@ -129,6 +131,7 @@ def _train(
         )
     )
     use_layout(loaded.policy, layout)
+    share_rows(loaded.policy, layout, runtime)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     live_reference = LiveReference.of(config, loaded.policy, runtime)
@@ -222,6 +225,27 @@ def _train(
         raise runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()
+
+
+def share_rows(policy: PolicyModel, layout: LayoutChoice, runtime: Runtime) -> None:
+    """Let the ranks of each sequence group, where there are such, share the rows of layouts.
+
+    Args:
+        policy: with its attention function.
+        layout: how rows go through it.
+        runtime: the ranks.
+
+    Raises:
+        ModelError: rows are not packed.
+    """
+    group = runtime.sequence_group
+    if group is not None and layout.name != "shared_prefix":
+        error = ModelError(
+            f"sequence_parallel_size is {group.size}, which shares out packed rows, and "
+            f"{layout.why}; set it to 1"
+        )
+        raise runtime.share(error)
+    policy.sequence_group = group
 
 
 def count_steps(config: ExperimentConfig, sampler: PairSampler) -> int:

@@ -18,6 +18,7 @@ from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, resolve_precision
 from preftune.errors import ConfigError, Findings
+from preftune.model.attention_shards import check_heads
 from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
 from preftune.recipes.pairs import prepare_tokenizer
@@ -93,6 +94,7 @@ def look_at_model(
         known = None if start is None else start.model_commit
         pinned = replace(config, model_revision=known or model_commit(config))
         check_routers(config, load_model_config(pinned))
+        check_sequence(config, load_model_config(pinned))
         tokenizer = prepare_tokenizer(pinned)
         return pin_reference(pinned, tokenizer, start and start.reference_commit), tokenizer
     if config.chat_template is not None:
@@ -117,6 +119,21 @@ def check_routers(config: ExperimentConfig, model_config: PreTrainedConfig) -> N
             f"{config.model_name_or_path} (a {model_config.model_type}) has no routers to experts "
             "that transformers would show; leave it out"
         )
+
+
+def check_sequence(config: ExperimentConfig, model_config: PreTrainedConfig) -> None:
+    """Refuse to share rows out to more processes than heads of attention go around.
+
+    Args:
+        config: of the run.
+        model_config: of the model's architecture.
+
+    Raises:
+        ModelError: they do not.
+    """
+    num_heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
+    if config.sequence_parallel_size > 1 and isinstance(num_heads, int):
+        check_heads(num_heads, config.sequence_parallel_size)
 
 
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:

@@ -17,6 +17,7 @@ from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
 from preftune.batching.sampler import PairSampler
+from preftune.batching.shards import RowPart
 from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
@@ -76,8 +77,13 @@ class Run:
         self.tokenizer = tokenizer
         self.pairs = pairs
         self.loaded = loaded
+        group = runtime.sequence_group
         self.layout = Layout(
-            layout.name, loaded.policy.limits, config.ld_alpha, config.scores_prompt
+            layout.name,
+            loaded.policy.limits,
+            config.ld_alpha,
+            config.scores_prompt,
+            None if group is None else RowPart(group.rank, group.size),
         )
         self.sampler = sampler
         self.num_steps = num_steps
@@ -212,7 +218,7 @@ class Run:
         """Run the micro-batch that takes most memory, and say what it took."""
         runtime = self.runtime
         batches = (self.sampler.batch(step) for step in range(self.num_steps))
-        heaviest = micro_batching.heaviest(batches, runtime.rank, runtime.world_size)
+        heaviest = micro_batching.heaviest(batches, runtime.data_rank, runtime.data_size)
         try_heaviest(
             state,
             heaviest,
@@ -220,7 +226,7 @@ class Run:
             objective,
             runtime,
             num_micro_batches=len(
-                micro_batching.split(self.sampler.batch(0), runtime.rank, runtime.world_size)
+                micro_batching.split(self.sampler.batch(0), runtime.data_rank, runtime.data_size)
             ),
             accumulation=self.config.gradient_accumulation_steps,
         )

@@ -104,7 +104,7 @@ class TrainingLoop:
     def _lay_out(self, step: int) -> list[LaidOut]:
         runtime = self.runtime
         batch = self.sampler.batch(step)
-        shares = self.micro_batching.split(batch, runtime.rank, runtime.world_size)
+        shares = self.micro_batching.split(batch, runtime.data_rank, runtime.data_size)
         return [self.batcher.lay_out(share, batch) for share in shares]
 
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:

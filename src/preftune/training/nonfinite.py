@@ -31,15 +31,15 @@ def losses_alone(
     """
     state.model.eval()
     losses = torch.zeros(len(rows), dtype=torch.float64, device=runtime.device)
-    rounds = -(-len(rows) // runtime.world_size)
-    for index in range(runtime.rank, rounds * runtime.world_size, runtime.world_size):
+    rounds = -(-len(rows) // runtime.data_size)
+    for index in range(runtime.data_rank, rounds * runtime.data_size, runtime.data_size):
         own = rows[index : index + 1]
         # A rank without a row runs a dummy, because every rank must take part in the forwards.
         logps = objective.rows(state.model, batcher(own))
         if own:
             output = objective.output(logps, running=state.running)
             losses[index] = output.metrics["loss"].total
-    return runtime.all_reduce(losses).tolist()
+    return runtime.sum_shares(losses).tolist()
 
 
 def describe_fault(row_ids: Sequence[str], losses: Sequence[float]) -> str:

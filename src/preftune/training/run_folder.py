@@ -65,6 +65,7 @@ MAY_CHANGE = frozenset(
         "fsdp_shard_size",
         "fsdp_reshard_after_forward",
         "fsdp_offload_params",
+        "sequence_parallel_size",
     }
 )
 MAKER = "preftune"

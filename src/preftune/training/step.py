@@ -128,7 +128,7 @@ def train_step(
     # ---------------------------------------------------------------- update
     num_tokens = sum(mb.layout.num_tokens for mb in micro_batches if mb.num_rows)
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_tokens)])
-    global_loss, global_tokens = runtime.all_reduce(totals)
+    global_loss, global_tokens = runtime.sum_shares(totals)
     grad_norm = engine.clip_gradients()
     finite = torch.isfinite(grad_norm) & torch.isfinite(global_loss)
     skip = state.judge(finite, max_skipped)
@@ -160,12 +160,12 @@ def _global_batches(
     A pass without gradient comes first; the gradient of such a loss then is right one micro-batch
     at a time. Each None where a micro-batch is all there is to see.
     """
-    alone = len(micro_batches) == runtime.world_size == 1 and micro_batches[0].trained is None
+    alone = len(micro_batches) == runtime.data_size == 1 and micro_batches[0].trained is None
     if alone or not objective.loss.needs_global_batch:
         return [None] * len(micro_batches)
     with torch.no_grad():
         parts = [objective.rows(model, micro_batch) for micro_batch in micro_batches]
     slots = [mb.slots for mb in micro_batches if mb.slots is not None]
     assert len(slots) == len(micro_batches)  # laid out with their global batch
-    whole = gathered(parts, torch.cat(slots), num_rows, runtime.all_reduce)
+    whole = gathered(parts, torch.cat(slots), num_rows, runtime.sum_shares)
     return [GlobalBatch(whole, own) for own in slots]

@@ -70,7 +70,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_sets_what_is_published(name):
     config = preset(name, *(MODEL + DATA if name == "laptop" else ())).config
-    batch = config.global_batch_size(world_size=1)
+    batch = config.global_batch_size(shares=1)
     lengths = (config.max_length, config.max_prompt_length)
     rates = (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
     assert (config.loss_type, config.beta, *rates, batch, *lengths) == PUBLISHED[name]

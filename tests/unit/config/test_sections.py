@@ -359,7 +359,7 @@ def test_integers_and_fractions_stay_what_they_are():
 
 def test_global_batch_size_counts_all_devices():
     config = make(per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    assert config.global_batch_size(world_size=4) == 24
+    assert config.global_batch_size(shares=4) == 24
 
 
 def test_a_changed_copy_is_checked_again():
