@@ -41,6 +41,7 @@ def test_ranks_killed_in_the_reference_pass_a_step_and_a_save(tmp_path):
     assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
     """What two processes began, one goes on with; to rounding, with pairs a step as they were."""
     settings = settings_of(tmp_path, "two", total_batch_size=8, keep_last_n_checkpoints=None)
@@ -93,6 +94,7 @@ os.killpg(0, signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_given_up_after_the_timeout():
     """Without a launcher of ours: the collective itself gives up, and names the other rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -127,6 +127,7 @@ def test_four_processes_share_the_rows_of_every_architecture():
     assert "gpt_oss: " in printed
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_rows_equal_one(tmp_path):
     """21 pairs a pass, in batches of 8, 8 and 5; ten steps are three passes and one more."""
     ten = {"max_train_steps": 10, "eval_steps": 5}

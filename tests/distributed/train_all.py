@@ -35,7 +35,8 @@ def make_cut(settings: dict[str, Any], source: str, step: int) -> None:
     if os.environ["RANK"] == "0":
         shutil.copytree(source, settings["output_dir"])
         pretend_unfinished(Path(settings["output_dir"]), step)
-    dist.barrier()
+    if dist.is_initialized():  # alone there is nobody to wait for
+        dist.barrier()
 
 
 if __name__ == "__main__":

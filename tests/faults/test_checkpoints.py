@@ -119,7 +119,7 @@ def test_an_older_format_is_told(straight, killed):
     newest = killed / "checkpoints" / "step-00000004"
     (newest / "manifest.json").unlink()
     (newest / "state.json").write_text(json.dumps({"version": 1, "step": 4}))
-    with pytest.raises(CheckpointError, match="has format 1, and this preftune reads 2"):
+    with pytest.raises(CheckpointError, match="has format 1, and this preftune reads 3"):
         train(settings(straight, output_dir=killed))
 
 
@@ -143,7 +143,7 @@ instant = sys.argv[1]
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half(path, tensors):
+def half(path, tensors, _):
     written = write_tensors(path, tensors)
     if path.name == "optimizer.safetensors" and path.parent.name.endswith("4"):
         os.truncate(path, written.size // 2)

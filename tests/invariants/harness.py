@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ def short_training(
     perturbation: float = 0.05,
     make_objective: Callable[..., PairObjective] = PairObjective,
     make_runtime: Callable[..., Runtime] = Runtime,
+    make_model: Callable[[], Any] = tiny_model,
     engines: DistributedConfig | None = None,
 ) -> Trace:
     """Train a tiny Llama from a perturbed policy and record every step.
@@ -59,7 +61,7 @@ def short_training(
     """
     runtime = make_runtime("fp32", 0)
     examples = make_examples(num_pairs, seed=5)
-    policy = PolicyModel(tiny_model())
+    policy = PolicyModel(make_model())
     reference = reference_logps(
         policy,
         examples,

@@ -78,6 +78,13 @@ class Engine(ABC):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
     @abstractmethod
+    def rest(self) -> None:
+        """Let the model hold what the engine keeps, and nothing gathered for a forward.
+
+        Before anybody looks at its parameters.
+        """
+
+    @abstractmethod
     def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
         """What this rank holds of weights.
 
@@ -158,6 +165,9 @@ class TorchEngine(Engine):
         self.update(skip=torch.ones((), device=next(self.model.parameters()).device))
         if with_gradients:
             self._make_gradients()
+
+    def rest(self) -> None:
+        """Nothing: parameters stay what they are."""
 
     def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
         """Parameters and buffers themselves, or this rank's rows of them."""

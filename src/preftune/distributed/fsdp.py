@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -66,15 +67,25 @@ class FSDPEngine(TorchEngine):
         }
         for layer in repeated_layers(model):
             fully_shard(layer, **options)
-        # PyTorch would leave the outermost one's weights gathered after a forward, and the module
-        # would show those in place of the parts that the optimizer and checkpoints know.
-        fully_shard(model, **{**options, "reshard_after_forward": True})
+        # Its weights are wanted again at once: the head's, at the start of the backward.
+        fully_shard(model, **{**options, "reshard_after_forward": False})
         super().__init__(config.engine, model, make_optimizer(model), max_grad_norm)
 
     def clip_gradients(self) -> Tensor:
         """Scale long gradients; their norm before that, over all ranks."""
         norm = super().clip_gradients()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def rest(self) -> None:
+        """Drop gathered weights: without a backward some stay, in place of this rank's parts."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def make_state(self, *, with_gradients: bool) -> None:
+        """A skipped update makes the optimizer's state."""
+        self.rest()
+        super().make_state(with_gradients=with_gradients)
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights, unless the flag is set."""

@@ -1,6 +1,7 @@
 """One process among its peers: device, ranks, precision, collectives. Imports Accelerate."""
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Literal, NoReturn, TypeAlias, TypeVar
 
@@ -206,6 +207,8 @@ class Runtime(Ranks):
 
     def _need_process_group(self) -> None:
         """A group of one, where no launcher made one: sharding engines want to have it."""
+        # FSDP2's and DeepSpeed's own calls, by names that PyTorch is about to change.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if not torch.distributed.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = torch.distributed.HashStore()

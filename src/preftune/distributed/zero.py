@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -130,6 +131,9 @@ class ZeroEngine(Engine):
         if self._stage in (1, 2):
             # DeepSpeed links parameters to this state after the first of its groups has one.
             self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def rest(self) -> None:
+        """Nothing: DeepSpeed has let go of what its forward gathered."""
 
     def weight_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
         """Copies of this rank's rows, each put together from what all ranks hold."""
@@ -271,7 +275,8 @@ def _deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")  # of a process that nothing launched
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with _quiet():
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it finds deprecated in PyTorch and Python
         import deepspeed
     # Collectives in shared memory, for which it would call a compiler first; gloo does them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

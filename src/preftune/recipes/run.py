@@ -433,6 +433,7 @@ class Run:
         """
         dtype = saved_dtype(self.loaded, self.config.save_dtype)
         weights = {}
+        engine.rest()
         for name, tensor in named_weights(self.loaded.policy.model).items():
             whole = engine.whole(tensor)
             if self.runtime.is_main:

@@ -128,6 +128,7 @@ def snapshot_of_rank(
         extra: as in `snapshot`.
         ranks: of the run.
     """
+    state.engine.rest()
     weights = named_weights(model)
     number = f"{ranks.rank + 1:05d}-of-{ranks.world_size:05d}"
     parts = {
@@ -297,6 +298,7 @@ def _load_whole(folder: Path, state: TrainState, model: nn.Module) -> None:
 
 def _load_parts(folder: Path, state: TrainState, model: nn.Module, ranks: Ranks) -> None:
     """Weights and optimizer state where the checkpoint or the engine has them in parts."""
+    state.engine.rest()
     weights = named_weights(model)
     for kind, parts in (
         ("model", state.engine.weight_parts(weights)),
@@ -346,7 +348,7 @@ def _restore_rest(
         prefix = f"{ranks.rank}/"
         own = {k.removeprefix(prefix): v for k, v in generators.items() if k.startswith(prefix)}
         _restore_counters(document, state, is_main=ranks.is_main)
-        if own:  # there were as many ranks when it was written
+        if ranks.rank < document["spread"]["processes"]:  # else there was no such rank
             restore_generators(own, device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise damaged(folder, error) from error
