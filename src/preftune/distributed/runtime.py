@@ -116,8 +116,8 @@ class Runtime(Ranks):
         if self._accelerator.distributed_type not in SUPPORTED:
             raise ConfigError(
                 f"Accelerate is set up for {self._accelerator.distributed_type.value} (by an "
-                "accelerate config file or ACCELERATE_* variables), which preftune does not run "
-                "yet; use one process, or torchrun for DDP"
+                "accelerate config file or ACCELERATE_* variables); take that out of it, and choose "
+                "the engine by preftune's own options fsdp or zero_stage"
             )
         set_seed(seed)
         meet_peers(self.gather)

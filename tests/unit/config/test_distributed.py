@@ -1,0 +1,50 @@
+"""Contradictions between options of engines, by name."""
+
+import pytest
+
+from preftune import ExperimentConfig
+from preftune.config.distributed import DistributedConfig
+from preftune.config.problem import InvalidConfig
+
+REFUSED = [
+    ({"zero_stage": 5}, "zero_stage is 5; it must be 0, 1, 2 or 3"),
+    ({"zero_stage": -1}, "zero_stage is -1; it must be 0, 1, 2 or 3"),
+    ({"offload_optimizer": True}, "offload_optimizer is true; it needs zero_stage 1 or above"),
+    ({"zero_stage": 0, "offload_optimizer": True}, "it needs zero_stage 1 or above"),
+    ({"zero_stage": 2, "offload_param": True}, "offload_param is true; it needs zero_stage 3"),
+    ({"zero_stage": 3, "fsdp": "full_shard"}, "fsdp is 'full_shard' too, and they exclude each"),
+    ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size is 2; it needs zero_stage 3"),
+    ({"fsdp": "full_shard", "fsdp_shard_size": 2}, "only fsdp hybrid_shard reads it"),
+    ({"fsdp": "hybrid_shard", "fsdp_shard_size": 0}, "fsdp_shard_size is 0; it must be 1 or more"),
+    ({"fsdp_offload_params": True}, "fsdp is 'no', so nothing reads it"),
+    ({"fsdp_reshard_after_forward": True}, "fsdp is 'no', so nothing reads it"),
+    ({"zero_stage": 1, "sync_reference": True}, "the live reference is a whole copy"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), REFUSED)
+def test_contradictions_are_refused(options, text):
+    with pytest.raises(InvalidConfig) as error:
+        ExperimentConfig(model_name_or_path="m", dataset_name="pairs.jsonl", **options)
+    assert text in str(error.value)
+
+
+def test_no_as_yaml_reads_it():
+    config = ExperimentConfig(model_name_or_path="m", dataset_name="p.jsonl", fsdp="no")
+    assert not config.shards
+    assert config.engine == "DDP"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "shards", "together"),
+    [
+        ({}, "DDP", False, False),
+        ({"zero_stage": 0}, "ZeRO-0", False, False),
+        ({"zero_stage": 2}, "ZeRO-2", True, False),
+        ({"zero_stage": 3}, "ZeRO-3", True, True),
+        ({"fsdp": "hybrid_shard"}, "FSDP2 hybrid_shard", True, True),
+    ],
+)
+def test_what_an_engine_shares_out(options, name, shards, together):
+    config = DistributedConfig(**options)
+    assert (config.engine, config.shards, config.shards_weights) == (name, shards, together)
