@@ -57,6 +57,7 @@ bench: $(VENV)/.peers  ## measure speed and memory, against TRL too; BENCH="--mi
 	$(BIN)/python benchmarks/layout_memory.py
 	$(BIN)/python benchmarks/tokenise.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/against_trl.py $(BENCH)
 
 soak: $(VENV)/.dev  ## kill runs at random instants and compare what they become; KILLS=500 for longer

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from preftune.config.distributed import DistributedConfig
 from preftune.distributed.engine import MakeOptimizer, TorchEngine
-from preftune.errors import ConfigError
 
 
 class FSDPEngine(TorchEngine):
@@ -52,9 +51,6 @@ class FSDPEngine(TorchEngine):
             device: of this rank.
             world_size: ranks of all hosts.
             host_size: ranks of this host.
-
-        Raises:
-            ConfigError: the ranks cannot be grouped so.
         """
         mesh = make_mesh(config, device, world_size, host_size)
         options: dict[str, Any] = {
@@ -95,18 +91,10 @@ class FSDPEngine(TorchEngine):
 def make_mesh(
     config: DistributedConfig, device: torch.device, world_size: int, host_size: int
 ) -> DeviceMesh:
-    """Which ranks cut the model among them.
-
-    Raises:
-        ConfigError: `fsdp_shard_size` does not divide the number of ranks.
-    """
+    """Which ranks cut the model among them."""
     if config.fsdp == "full_shard":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     size = config.fsdp_shard_size or host_size
-    if world_size % size:
-        raise ConfigError(
-            f"fsdp_shard_size is {size}, and it must divide the number of processes, {world_size}"
-        )
     return init_device_mesh(
         device.type, (world_size // size, size), mesh_dim_names=("replicate", "shard")
     )

@@ -166,6 +166,19 @@ class Runtime(Ranks):
         """Whether this process writes files and speaks."""
         return self._accelerator.is_main_process
 
+    def check_groups(self, config: DistributedConfig) -> None:
+        """See that the ranks can be grouped as an engine shall group them.
+
+        Raises:
+            ConfigError: on every rank, with the option that does not divide their number.
+        """
+        for key in ("fsdp_shard_size", "zero_hpz_partition_size"):
+            size = getattr(config, key)
+            if size is not None and self.world_size % size:
+                number = self.world_size
+                text = f"{key} is {size}, and it must divide the number of processes, {number}"
+                raise self.share(ConfigError(text))
+
     def spread(
         self,
         model: nn.Module,

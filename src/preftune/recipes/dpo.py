@@ -89,6 +89,7 @@ def _train(
     agree_on_start(config, runtime)
     start, pinned, tokenizer = check_setup(config, runtime)
     runtime.share_rows(config.sequence_parallel_size)
+    runtime.check_groups(config)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
         display.say(f"the run in {start.folder.root} is finished; nothing to do")

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from preftune.config.distributed import DistributedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
@@ -88,6 +89,8 @@ def look_at_model(
     with findings:
         check_device(config, config.mixed_precision)
     with findings:
+        check_engine(config)
+    with findings:
         check_trackers(config.report_to)
     with findings:
         # A branch may move while the run is away: what it stood for at the start stays.
@@ -134,6 +137,22 @@ def check_sequence(config: ExperimentConfig, model_config: PreTrainedConfig) -> 
     num_heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
     if config.sequence_parallel_size > 1 and isinstance(num_heads, int):
         check_heads(num_heads, config.sequence_parallel_size)
+
+
+def check_engine(config: DistributedConfig) -> None:
+    """Refuse an engine whose package is absent.
+
+    Args:
+        config: which engine.
+
+    Raises:
+        ConfigError: DeepSpeed is asked for, and not installed.
+    """
+    if config.zero_stage is not None and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"zero_stage is {config.zero_stage}, and the package deepspeed is not installed; "
+            "install it (pip install 'preftune[deepspeed]'), or take --fsdp full_shard"
+        )
 
 
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:

@@ -281,7 +281,8 @@ def load_checkpoint(
         CheckpointError: it is damaged or belongs to another model.
     """
     document = ranks.together(lambda: read_document(folder))
-    if state.engine.is_sharded or is_in_parts(folder):
+    in_parts = ranks.together(lambda: is_in_parts(folder))
+    if state.engine.is_sharded or in_parts:
         _load_parts(folder, state, model, ranks)
     else:
         ranks.together(lambda: _load_whole(folder, state, model))

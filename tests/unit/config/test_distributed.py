@@ -5,6 +5,9 @@ import pytest
 from preftune import ExperimentConfig
 from preftune.config.distributed import DistributedConfig
 from preftune.config.problem import InvalidConfig
+from preftune.distributed.runtime import Runtime
+from preftune.errors import ConfigError
+from preftune.recipes import preflight
 
 REFUSED = [
     ({"zero_stage": 5}, "zero_stage is 5; it must be 0, 1, 2 or 3"),
@@ -27,6 +30,31 @@ def test_contradictions_are_refused(options, text):
     with pytest.raises(InvalidConfig) as error:
         ExperimentConfig(model_name_or_path="m", dataset_name="pairs.jsonl", **options)
     assert text in str(error.value)
+
+
+def test_deepspeed_that_is_not_installed_is_told_before_weights_load(monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="zero_stage is 1, and the package deepspeed is not"):
+        preflight.check_engine(DistributedConfig(zero_stage=1))
+    preflight.check_engine(DistributedConfig(fsdp="full_shard"))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"fsdp": "hybrid_shard", "fsdp_shard_size": 2},
+            "fsdp_shard_size is 2, and it must divide",
+        ),
+        (
+            {"zero_stage": 3, "zero_hpz_partition_size": 4},
+            "zero_hpz_partition_size is 4, and it must",
+        ),
+    ],
+)
+def test_groups_that_the_processes_do_not_fill_are_refused(options, text):
+    with pytest.raises(ConfigError, match=text):
+        Runtime("fp32", seed=0).check_groups(DistributedConfig(**options))
 
 
 def test_no_as_yaml_reads_it():
