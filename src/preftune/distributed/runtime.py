@@ -116,8 +116,8 @@ class Runtime(Ranks):
         if self._accelerator.distributed_type not in SUPPORTED:
             raise ConfigError(
                 f"Accelerate is set up for {self._accelerator.distributed_type.value} (by an "
-                "accelerate config file or ACCELERATE_* variables); take that out of it, and choose "
-                "the engine by preftune's own options fsdp or zero_stage"
+                "accelerate config file or ACCELERATE_* variables); take that out of it, and "
+                "choose the engine by preftune's own options fsdp or zero_stage"
             )
         set_seed(seed)
         meet_peers(self.gather)
