@@ -38,7 +38,7 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import load_checkpoint, snapshot, snapshot_of_rank
+from preftune.training.checkpoint import Snapshot, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
 from preftune.training.integrity import read_document
@@ -49,6 +49,7 @@ from preftune.training.memory import (
     rows_and_tokens,
     scoring_remedies,
 )
+from preftune.training.restore import load_checkpoint
 from preftune.training.run_folder import RunStart, new_manifest, plan_start
 from preftune.training.step import TrainState
 
@@ -398,7 +399,6 @@ class Run:
         """
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
-
         extra = {
             "config": self.manifest["config"],
             "identity": self._identity(),
@@ -406,16 +406,18 @@ class Run:
             "metrics_offset": metrics_file.offset,
             "facts": self._facts(),
         }
-        model = self.loaded.policy.model
+
+        def content() -> Snapshot:
+            model = self.loaded.policy.model
+            return snapshot(state, model, window, generators, extra, self.runtime)
+
         if state.engine.is_sharded:
-            content = snapshot_of_rank(state, model, window, generators, extra, self.runtime)
-            self.checkpoints.save_together(content, metrics_file, state.step)
+            self.checkpoints.save_together(content(), metrics_file, state.step)
             return
 
         def save() -> None:
             if self.runtime.is_main:
-                content = snapshot(state, model, window, generators, extra)
-                self.checkpoints.save(content, metrics_file)
+                self.checkpoints.save(content(), metrics_file)
 
         self.runtime.together(save)
 
