@@ -1,9 +1,6 @@
 """Two processes train to the numbers of one."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from preftune import train
-from tests.runs import (
-    pretend_unfinished,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.launches import output_of, train_on_two_ranks
+from tests.runs import pretend_unfinished, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -46,17 +38,7 @@ leave_process_group()
 
 
 def test_what_rank_0_decides_or_raises_holds_for_all():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", "--no-python"]
-    result = subprocess.run(
-        [*launch, sys.executable, "-c", DECIDE],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    output_of(2, "-c", DECIDE)
 
 
 @pytest.mark.parametrize(

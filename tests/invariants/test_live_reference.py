@@ -12,13 +12,8 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.errors import CheckpointError, TrainingDiverged
 from preftune.model.forward import PolicyModel
-from tests.runs import (
-    read_metrics,
-    reseal,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.launches import train_on_two_ranks
+from tests.runs import read_metrics, reseal, tiny_config, tiny_settings
 from tests.tiny import make_pairs, write_jsonl
 
 SYNC = {"sync_reference": True}

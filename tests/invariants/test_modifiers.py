@@ -7,13 +7,8 @@ import pytest
 
 from preftune import train
 from preftune.batching.batcher import RowBatcher
-from tests.runs import (
-    SHAPES,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.launches import train_on_two_ranks
+from tests.runs import SHAPES, read_metrics, tiny_config, tiny_settings
 
 TOKEN_MEAN = {"sft_weight": 0.5, "sft_reduction": "token"}
 MODIFIED = {

@@ -7,13 +7,8 @@ import pytest
 
 from preftune import train
 from preftune.errors import DataError
-from tests.runs import (
-    SHAPES,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.launches import train_on_two_ranks
+from tests.runs import SHAPES, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, write_jsonl
 
 
