@@ -74,14 +74,16 @@ def test_every_engine_takes_the_steps_of_one_process_and_any_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path):
-    alone: Mapping[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    """The reference is the policy's own start, which the engine has cut by then."""
+    base: Mapping[str, Any] = BASE | {"reference_model_name_or_path": None}
+    alone = {**base, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     single = {
-        "plain": {**BASE, **alone},
-        "fsdp": {**BASE, **alone, "fsdp": "full_shard"},
-        "zero3": {**BASE, **alone, "zero_stage": 3},
+        "plain": alone,
+        "fsdp": {**alone, "fsdp": "full_shard"},
+        "zero3": {**alone, "zero_stage": 3},
     }
     launched(tmp_path, runs(tmp_path, single, "one"), num_processes=1)
-    pair = {name: {**BASE, **SHAPES["4x1"], **ENGINES[name]} for name in ("fsdp", "zero3", "zero1")}
+    pair = {name: {**base, **SHAPES["4x1"], **ENGINES[name]} for name in ("fsdp", "zero3", "zero1")}
     stopped = runs(tmp_path, pair, "two")
     onwards = runs(tmp_path, pair, "onwards")
     for settings, source in zip(onwards, single, strict=True):
