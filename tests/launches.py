@@ -68,7 +68,7 @@ def start(
         before: what runs it.
     """
     return subprocess.Popen(
-        [*before, sys.executable, *command, "--", "train", *arguments(settings)],
+        [*before, sys.executable, *command, "train", *arguments(settings)],
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,7 +90,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, s
 
 def launched(words: Sequence[str], settings: dict[str, Any]) -> tuple[int, str]:
     """The exit code of `preftune launch`, and what it said."""
-    return finish(start(["-m", "preftune", "launch", *words], settings))
+    return finish(start(["-m", "preftune", "launch", *words, "--"], settings))
 
 
 def settings_of(root: Path, name: str, **options: Any) -> dict[str, Any]:
