@@ -12,8 +12,6 @@ from tests.runs import arguments, tiny_settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-COMMAND = "import sys; from preftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
-"""Code that is the command `preftune`."""
 
 
 def torchrun(
@@ -50,11 +48,6 @@ def output_of(num_processes: int, *words: object) -> str:
     result = torchrun(num_processes, *words)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def train_on_two_ranks(settings: dict[str, Any]) -> None:
-    """`preftune train` with these options, by two processes."""
-    output_of(2, "-c", COMMAND, "train", *arguments(settings))
 
 
 def start(
