@@ -107,7 +107,7 @@ class Run:
             "layout_why": layout.why,
             "attention": layout.attention,
             "attention_tried": layout.tried,
-            "head_chunk_size": loaded.policy.head_chunk_size,
+            "head_chunk_size": loaded.policy.head_chunk_size(runtime.device),
             "compact_head": loaded.policy.compact_head,
             "steps": num_steps,
             "steps_per_epoch": sampler.steps_per_epoch,

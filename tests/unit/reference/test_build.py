@@ -137,7 +137,9 @@ def test_the_namespace_follows_the_attention_kernel(monkeypatch):
         model = tiny_model()
         model.set_attn_implementation(attention)
         return namespace_key(
-            namespace_fields(PolicyModel(model), precision="fp32", layout="shared_prefix")
+            namespace_fields(
+                PolicyModel(model), precision="fp32", layout="shared_prefix", device="cpu"
+            )
         )
 
     spaces = {space(name) for name in REGISTERED.values()}
@@ -151,7 +153,7 @@ def test_the_namespace_follows_the_attention_kernel(monkeypatch):
 def test_the_namespace_follows_content_not_names():
     def space(model, precision="fp32", layout="concatenated"):
         return namespace_key(
-            namespace_fields(PolicyModel(model), precision=precision, layout=layout)
+            namespace_fields(PolicyModel(model), precision=precision, layout=layout, device="cpu")
         )
 
     base = space(tiny_model())
