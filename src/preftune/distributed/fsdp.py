@@ -1,5 +1,6 @@
 """PyTorch's FSDP2: weights, gradients and optimizer state cut over the ranks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,16 +48,20 @@ class FSDPEngine(TorchEngine):
             config: how to cut.
             max_grad_norm: longest gradient; None or 0 is off.
             compute_dtype: of gathered weights and of activations; None: as the weights are kept.
-                Gradients are added over ranks in fp32.
+                Gradients are added over ranks in fp32. Of float16, which ends at 65,504, only the
+                layers' weights and products are: the model's forward has autocast.
             device: of this rank.
             world_size: ranks of all hosts.
             host_size: ranks of this host.
         """
         mesh = make_mesh(config, device, world_size, host_size)
+        is_narrow = compute_dtype == torch.float16
         options: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": config.fsdp_reshard_after_forward is not False,
-            "mp_policy": MixedPrecisionPolicy(compute_dtype, torch.float32),
+            "mp_policy": MixedPrecisionPolicy(
+                compute_dtype, torch.float32, cast_forward_inputs=not is_narrow
+            ),
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
             if config.fsdp_offload_params
             else OffloadPolicy(),
@@ -64,12 +69,15 @@ class FSDPEngine(TorchEngine):
         for layer in repeated_layers(model):
             fully_shard(layer, **options)
         # Its weights are wanted again at once: the head's, at the start of the backward.
-        fully_shard(model, **{**options, "reshard_after_forward": False})
+        options["reshard_after_forward"] = False
+        if is_narrow:  # embeddings are what the first layer is given
+            options["mp_policy"] = MixedPrecisionPolicy(None, torch.float32)
+        fully_shard(model, **options)
         super().__init__(config.engine, model, make_optimizer(model), max_grad_norm)
 
-    def clip_gradients(self) -> Tensor:
-        """Scale long gradients; their norm before that, over all ranks."""
-        norm = super().clip_gradients()
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Over all ranks."""
+        norm = super()._norm(parameters)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def rest(self) -> None:
