@@ -33,7 +33,7 @@ class Engine(ABC):
     """Holds `param_groups` and, by parameter, `state`."""
     loss_scale: Tensor | None = None
     """On the device, of this step: `backward` multiplies by it, and norms and updates are those of
-    the gradients without it. A power of two, so that it costs no bits. None: 1."""
+    the gradients without it. None: 1."""
 
     @abstractmethod
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:

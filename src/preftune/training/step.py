@@ -125,7 +125,8 @@ def train_step(
             A batch that is left out changes nothing but the counters.
     """
     engine, scale = state.engine, state.loss_scale
-    engine.loss_scale = None if scale is None else scale.value
+    # By `world_size`, see below: what fp16 holds of a row's gradient is the same on any number.
+    engine.loss_scale = None if scale is None else scale.value / runtime.world_size
     engine.model.train()
     batches = _global_batches(engine.model, micro_batches, objective, runtime, num_rows)
 
