@@ -8,6 +8,7 @@ The folder holds what one process did, of `trace` in trace.pt and of `settings` 
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ PLAIN = DistributedConfig()
 ENGINES = {
     "ddp": PLAIN,
     "fsdp": DistributedConfig(fsdp="full_shard"),
-    "hybrid": DistributedConfig(
-        fsdp="hybrid_shard", fsdp_shard_size=1, fsdp_offload_params=True
-    ),
+    "hybrid": DistributedConfig(fsdp="hybrid_shard", fsdp_shard_size=1, fsdp_offload_params=True),
     "zero0": DistributedConfig(zero_stage=0),
     "zero1": DistributedConfig(zero_stage=1, offload_optimizer=True),
     "zero2": DistributedConfig(zero_stage=2),
@@ -185,10 +184,10 @@ def main() -> None:
     skipped = [math.isinf(loss) for loss in expected.losses]
     assert 0 < sum(skipped) < len(skipped)
     scales = expected.scales
-    assert any(b > a for a, b in zip(scales, scales[1:], strict=False))
+    assert any(b > a for a, b in pairwise(scales))
     assert max(norm for norm in expected.grad_norms if math.isfinite(norm)) > MAX_NORM
     folder = root / "references"
-    for name, config in ENGINES.items():
+    for config in ENGINES.values():
         check_equal(trace(folder, 2, engines=config), expected)
     check_mutants(folder, expected)
     check_going_on(root)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from preftune import train
+from preftune import ExperimentConfig, train
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
 from preftune.cli.main import main
 from preftune.config.distributed import DistributedConfig
+from preftune.config.score import ScoreConfig
 from preftune.config.training import TrainingConfig
 from preftune.distributed.engine import TorchEngine
 from preftune.distributed.runtime import Runtime
-from preftune.errors import TrainingDiverged
+from preftune.errors import ConfigError, TrainingDiverged
 from preftune.losses import DPO
 from preftune.model.forward import PolicyModel
 from preftune.objective import PairObjective
@@ -163,7 +165,7 @@ def test_steps_are_those_of_pytorchs_grad_scaler(monkeypatch, optimizer):
     finite = [math.isfinite(norm) for norm in theirs.norms]
     assert not any(finite[:3])
     assert not all(finite[finite.index(True) :])
-    assert any(b > a for a, b in zip(theirs.scales, theirs.scales[1:], strict=False))
+    assert any(b > a for a, b in pairwise(theirs.scales))
     assert max(norm for norm in theirs.norms if math.isfinite(norm)) > MAX_NORM
     check_same_steps(by_us(optimizer), theirs)
     if optimizer == "adamw":
@@ -204,17 +206,17 @@ FP16 = {"mixed_precision": "fp16", "checkpointing_steps": 1, "keep_last_n_checkp
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """The scale has fallen by then, and has begun to count towards its next rise."""
-    start_at(monkeypatch, 2.0**22)
-    options = FP16 | {"num_epochs": 4.0, "logging_steps": 2}
+    start_at(monkeypatch, 2.0**20, patience=2)
+    options = FP16 | {"num_epochs": 3.0, "logging_steps": 2}
     straight = train(tiny_config(tmp_path, **options)).folder
     lines = read_metrics(straight.root)
     scales = [line["loss_scale"] for line in lines]
-    assert scales[0] < 2.0**22
-    assert any(b > a for a, b in zip(scales, scales[1:], strict=False))
+    assert scales[0] < 2.0**20
+    assert any(b > a for a, b in pairwise(scales))
     assert lines[-1]["overflow_steps"] >= 2
-    states = {step: read_state(straight.checkpoint(step))["loss_scale"] for step in range(1, 13)}
-    counting = [step for step, state in states.items() if state["good_steps"] == PATIENCE - 1]
-    for step in (2, counting[0]):
+    states = {step: read_state(straight.checkpoint(step))["loss_scale"] for step in range(1, 10)}
+    counting = [step for step, state in states.items() if state["good_steps"] == 1]
+    for step in {3, counting[-1]}:  # 3: inside a window
         target = tmp_path / f"stopped-{step}"
         shutil.copytree(straight.root, target)
         pretend_unfinished(target, step)
@@ -305,3 +307,14 @@ def test_training_evaluation_and_score_stay_near_fp32(tmp_path, capsys):
         assert main(["score", *words, "--output", str(tmp_path / f"{precision}.parquet")]) == 0
         printed[precision] = capsys.readouterr().out
     assert printed["fp16"] != printed["fp32"]
+
+
+@pytest.mark.parametrize("make", [ExperimentConfig, ScoreConfig])
+def test_weights_are_float32(make):
+    with pytest.raises(ConfigError, match="mixed_precision is 'fp16'; the weights are bfloat16"):
+        make(
+            model_name_or_path="m",
+            dataset_name="d.jsonl",
+            mixed_precision="fp16",
+            dtype="bfloat16",
+        )

@@ -211,9 +211,7 @@ def slow_settings(model: ModelConfig, mixed_precision: MixedPrecision) -> list[s
     ]
 
 
-def _unsupported(
-    model: ModelConfig, mixed_precision: MixedPrecision
-) -> list[tuple[str, str, str]]:
+def _unsupported(model: ModelConfig, mixed_precision: MixedPrecision) -> list[tuple[str, str, str]]:
     """The settings that ask for a type that the hardware lacks: key, value, what works."""
     lacked = set()
     if not multiplies_bf16():
