@@ -93,7 +93,11 @@ class FSDPEngine(TorchEngine):
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights, unless the flag is set."""
-        super().update(skip=skip.to(next(self.model.parameters()).device))
+        device = next(self.model.parameters()).device
+        if self.loss_scale is not None:
+            # The optimizer would not wait for a copy to the host.
+            self.loss_scale = self.loss_scale.to(device)
+        super().update(skip=skip.to(device))
 
 
 def make_mesh(

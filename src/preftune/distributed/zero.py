@@ -98,8 +98,10 @@ class ZeroEngine(Engine):
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights and drop the gradients; one wait for the device."""
-        # DeepSpeed clips by the norm that it is given, and PyTorch's optimizer divides.
-        self._inner.grad_scale = self.loss_scale
+        # DeepSpeed clips by the norm that it is given, and PyTorch's optimizer divides; it would
+        # not wait for a copy to the host.
+        scale = self.loss_scale
+        self._inner.grad_scale = None if scale is None else scale.to(self._flat[0].device)
         if self._stage == 0:
             self.optimizer.found_inf = skip
         else:
