@@ -20,9 +20,10 @@ from common import VOCABULARY, make_model
 
 from preftune.config.training import TrainingConfig
 from preftune.distributed.engine import TorchEngine
-from preftune.training.checkpoint import load_checkpoint, snapshot, write_checkpoint
+from preftune.training.checkpoint import snapshot, write_checkpoint
 from preftune.training.generators import generator_tensors
 from preftune.training.optimizer import make_optimizer
+from preftune.training.restore import load_checkpoint
 from preftune.training.saver import CheckpointSaver
 from preftune.training.step import TrainState
 

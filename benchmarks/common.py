@@ -1,9 +1,14 @@
-"""What the benchmarks share: a random model of SmolLM2-135M's shape and pairs of random tokens.
+"""What the benchmarks share: a model of SmolLM2-135M's shape, pairs of random tokens, processes.
 
 Speed and memory do not depend on the values.
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +17,25 @@ from preftune.model.forward import PolicyModel
 from preftune.schema import Completion, TokenizedExample
 
 VOCABULARY = 49152
+
+
+def in_processes(number: int, threads: int, *words: str) -> Any:
+    """The JSON that the first of several processes on the CPU prints last.
+
+    Args:
+        number: of processes.
+        threads: of each.
+        words: the file that they run, and its words.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    output = subprocess.run(
+        [*command, "--nproc_per_node", str(number), *words],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def make_model(layers: int) -> PolicyModel:

@@ -10,16 +10,13 @@ for the other included. Wall times: the machine must be idle.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 from typing import Any
 
 import torch
-from common import make_examples, make_model
+from common import in_processes, make_examples, make_model
 from torch.profiler import ProfilerActivity, profile
 
 from preftune.batching.batcher import RowBatcher
@@ -77,17 +74,8 @@ def parse() -> argparse.Namespace:
 def run(name: str, options: argparse.Namespace) -> list[float]:
     """Seconds of a step, and the share of communication."""
     threads, processes = (2, 1) if name == "one process" else (1, 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), __file__, "--measure", name]
-    command += ["--layers", str(options.layers), "--steps", str(options.steps)]
-    output = subprocess.run(
-        command,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
+    words = ["--layers", str(options.layers), "--steps", str(options.steps)]
+    return in_processes(processes, threads, __file__, "--measure", name, *words)
 
 
 def measure(options: argparse.Namespace) -> None:

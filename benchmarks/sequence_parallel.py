@@ -9,14 +9,13 @@ with gradients already there (Linux). Traffic is what it sent in exchanges of at
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import in_processes
 from layout_memory import resident_mib
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,16 +37,8 @@ def main() -> None:
     print(f"torch {torch.__version__}  {options}")
     print("processes  scoring MiB  s       training MiB  s       sent MiB  by formula")
     for size in options.processes:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(size), __file__, *sys.argv[1:], "--measure"]
-        output = subprocess.run(
-            command,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        scoring, scored, training, trained, sent = json.loads(output.splitlines()[-1])
+        found = in_processes(size, 1, __file__, *sys.argv[1:], "--measure")
+        scoring, scored, training, trained, sent = found
         print(
             f"{size:9}  {scoring:11.0f}  {scored:6.1f}  {training:12.0f}  {trained:6.1f}  "
             f"{sent:8.1f}  {formula(options, size):10.1f}",

@@ -1,6 +1,7 @@
 """Tokenised examples without a tokenizer, for tests below the data layer."""
 
 import random
+from dataclasses import replace
 
 from preftune.schema import Completion, TokenizedExample
 
@@ -37,4 +38,16 @@ def make_examples(
             prompt_key=i,
         )
         for i in range(n)
+    ]
+
+
+def batch() -> list[TokenizedExample]:
+    """Pairs of very different lengths; three prompts occur twice."""
+    examples = make_examples(7, seed=3)
+    return [
+        *examples,
+        *(
+            replace(e, prompt_ids=examples[i].prompt_ids)
+            for i, e in enumerate(make_examples(3, seed=4))
+        ),
     ]

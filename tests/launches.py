@@ -1,4 +1,4 @@
-"""Commands of `preftune launch` with whole runs, for tests."""
+"""Processes that work together, on the CPU: of torchrun and of `preftune launch`, for tests."""
 
 import os
 import signal
@@ -10,7 +10,51 @@ from typing import Any
 
 from tests.runs import arguments, tiny_settings
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+COMMAND = "import sys; from preftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
+"""Code that is the command `preftune`."""
+
+
+def torchrun(
+    num_processes: int, *words: object, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in several processes; none of them outlives this.
+
+    Args:
+        num_processes: how many.
+        words: what Python gets in each of them.
+        timeout: seconds.
+    """
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+    launch += ["--standalone", "--no-python", sys.executable]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [*launch, *map(str, words)],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which torchrun passes on
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def output_of(num_processes: int, *words: object) -> str:
+    """What `torchrun` printed, which must end well."""
+    result = torchrun(num_processes, *words)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def train_on_two_ranks(settings: dict[str, Any]) -> None:
+    """`preftune train` with these options, by two processes."""
+    output_of(2, "-c", COMMAND, "train", *arguments(settings))
 
 
 def start(

@@ -46,6 +46,9 @@ class ThreadRanks(Ranks):
     def send(self, value: Any) -> Any:
         return self.gather(value if self.rank == 0 else None)[0]
 
+    def send_into(self, tensor: Any) -> None:
+        tensor.copy_(self.send(tensor))
+
 
 def on_ranks(number: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
     """What `work` returns, or the exception that it raises, on each of `number` ranks.

@@ -1,10 +1,7 @@
 """Whole runs of `preftune train` on a tiny model, for tests."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,39 +72,6 @@ def arguments(settings: dict[str, Any]) -> list[str]:
         for key, value in settings.items()
         for word in (f"--{key}", "null" if value is None else str(value))
     ]
-
-
-def train_on_two_ranks(settings: dict[str, Any]) -> None:
-    """`preftune train` with these options, by two processes on the CPU."""
-    code = "import sys; from preftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    result = launch_two(code, "train", *arguments(settings))
-    assert result.returncode == 0, result.stderr
-
-
-def launch_two(code: str, *words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run Python code by two processes on the CPU; none of them outlives this.
-
-    Args:
-        code: of each process.
-        words: its `sys.argv[1:]`.
-        timeout: seconds.
-    """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", "--no-python"]
-    process = subprocess.Popen(
-        [*launch, sys.executable, "-c", code, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # which torchrun passes on
-        out, err = process.communicate()
-        raise AssertionError(f"still running after {timeout} s: {err}") from None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def read_metrics(run: Path, *, with_perf: bool = False) -> list[dict[str, float]]:

@@ -18,26 +18,20 @@ from preftune.distributed.runtime import Runtime, leave_process_group
 from preftune.model.attention import SEGMENTS
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.schema import Completion, TokenizedExample
-from tests.invariants.test_host_syncs import CountSyncs
+from tests.examples import batch
 from tests.memory import saved_sizes
-from tests.unit.model.test_layouts import MIXTURES, PACKED, batch, make_policy
+from tests.policies import MIXTURES, PACKED, long_rope, make_policy
+from tests.syncs import CountSyncs
 
 LIMIT = 23
-THETA = {"rope_theta": 10000.0}
-LONG_ROPE = THETA | {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [1.0, 2.0, 4.0, 8.0],
-    "original_max_position_embeddings": LIMIT,
-}
-DYNAMIC = THETA | {"rope_type": "dynamic", "factor": 8.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = PACKED | {
     "one key head": ("Llama", {"num_key_value_heads": 1}),
     "3 key heads": (
         "Llama",
         {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3},
     ),
-    "longrope": ("Llama", {"rope_parameters": LONG_ROPE}),
+    "longrope": ("Llama", {"rope_parameters": long_rope(LIMIT)}),
     "dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": LIMIT}),
 }
 
@@ -115,14 +109,19 @@ def check_mutant(runtime: Runtime) -> None:
         sequence._Total.backward = right
 
 
-def check_waits(runtime: Runtime) -> None:
-    """Nothing makes the host read a number of the device."""
+def shared_llama(runtime: Runtime) -> tuple[Any, RowPart]:
+    """A policy whose rows are shared, and this rank's part of them."""
     group = runtime.sequence_group
     assert group is not None
     policy = make_policy(*CASES["llama"])
     policy.model.set_attn_implementation(SEGMENTS)
     policy.sequence_group = group
-    part = RowPart(group.rank, group.size)
+    return policy, RowPart(group.rank, group.size)
+
+
+def check_waits(runtime: Runtime) -> None:
+    """Nothing makes the host read a number of the device."""
+    policy, part = shared_llama(runtime)
     layout = build_layout(batch(), Layout("shared_prefix", policy.limits, part=part))
     with CountSyncs() as counter:
         pair_logps(policy, layout, with_alignment=True).sums.sum().backward()
@@ -131,16 +130,12 @@ def check_waits(runtime: Runtime) -> None:
 
 def check_memory(runtime: Runtime) -> None:
     """What is kept for the backward shrinks with the tokens; masks of attention do not."""
-    group = runtime.sequence_group
-    assert group is not None
-    policy = make_policy(*CASES["llama"])
-    policy.model.set_attn_implementation(SEGMENTS)
-    policy.sequence_group = group
+    policy, own = shared_llama(runtime)
     kept = []
-    for part in (None, RowPart(group.rank, group.size)):
+    for part in (None, own):
         layout = build_layout(batch(), Layout("shared_prefix", policy.limits, part=part))
         kept.append(sum(saved_sizes(partial(pair_logps, policy, layout), policy)))
-    assert kept[1] < (1 / group.size + 0.1) * kept[0], kept
+    assert kept[1] < (1 / own.size + 0.1) * kept[0], kept
     if runtime.is_main:
         print(f"kept for the backward: {kept[1] / kept[0]:.3f}", flush=True)
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from preftune import ExperimentConfig, train
-from tests.distributed.test_sequence_parallel import check_equal, launch, runs
+from tests.distributed.beside_one import TRAIN_ALL, check_equal, runs
+from tests.launches import output_of
 from tests.runs import read_metrics
 
 pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
@@ -35,7 +36,7 @@ BASE = {"max_train_samples": 17, "max_train_steps": 10, "eval_steps": 5, "checkp
 
 def launched(root: Path, listed: list[Any], num_processes: int = 2) -> None:
     (root / "list.json").write_text(json.dumps(listed))
-    launch(num_processes, "train_all.py", root / "list.json")
+    output_of(num_processes, TRAIN_ALL, root / "list.json")
 
 
 def cases(shape: str) -> dict[str, dict[str, Any]]:
@@ -98,5 +99,5 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path):
 
 def test_what_each_rank_holds_and_that_mistakes_are_seen():
     """LoRA, shard sizes, gradients twice as large, means of means: see engine_checks.py."""
-    printed = launch(2, "engine_checks.py")
+    printed = output_of(2, TRAIN_ALL.with_name("engine_checks.py"))
     assert printed.splitlines()[-1] == "all checks held"

@@ -1,17 +1,14 @@
 """`preftune launch` with whole runs: killed ranks, other numbers of processes, exit codes."""
 
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launches import ENVIRONMENT, finish, launched, settings_of, start, weights
+from tests.launches import finish, launched, settings_of, start, torchrun, weights
 from tests.runs import pretend_unfinished, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -97,14 +94,5 @@ os.killpg(0, signal.SIGKILL)
 @pytest.mark.slow
 def test_a_process_that_hangs_is_given_up_after_the_timeout():
     """Without a launcher of ours: the collective itself gives up, and names the other rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", "--no-python", sys.executable, "-c", HANG]
-    result = subprocess.run(
-        command,
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    result = torchrun(2, "-c", HANG)
     assert re.search(r"after 1\d s: rank 0 has lost rank 1 on ", result.stdout), result.stderr

@@ -15,7 +15,8 @@ from preftune import ExperimentConfig
 from preftune.config.score import ScoreConfig
 from preftune.recipes.cache import build
 from preftune.recipes.score import score
-from tests.runs import arguments, launch_two, read_metrics, tiny_model_folder, tiny_settings
+from tests.launches import torchrun
+from tests.runs import arguments, read_metrics, tiny_model_folder, tiny_settings
 from tests.tiny import make_pairs, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -65,7 +66,7 @@ def test_the_store_and_the_scores_of_two_ranks_are_the_bytes_of_one(tmp_path):
     to_build, to_score = options("one")
     said = build(ExperimentConfig(**to_build))
     summary = str(score(ScoreConfig(**to_score)))
-    result = launch_two(TWO_WORK, str(tmp_path), json.dumps(options("two")))
+    result = torchrun(2, "-c", TWO_WORK, str(tmp_path), json.dumps(options("two")))
     assert result.returncode == 0, result.stderr
     one, two = store_files(tmp_path / "one"), store_files(tmp_path / "two")
     assert len(one) == 3  # two shards and the plan
@@ -143,7 +144,7 @@ def test_what_one_host_lacks_ends_both_with_the_same_words(tmp_path):
         {key: value for key, value in base.items() if key != "learning_rate"},
         {"learning_rate": 0.5},
     ]
-    result = launch_two(FAILURES, str(tmp_path), json.dumps(cases))
+    result = torchrun(2, "-c", FAILURES, str(tmp_path), json.dumps(cases))
     assert result.returncode == 0, result.stderr
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     first, second = (json.loads((host / "told.json").read_text()) for host in hosts)
@@ -214,7 +215,7 @@ def test_the_command_says_it_once_and_all_ranks_exit_alike(tmp_path):
     config = ExperimentConfig(**two_hosts(tmp_path))
     (tmp_path / "host0" / "run.yaml").write_text(config.to_yaml())
     began = time.monotonic()
-    result = launch_two(COMMAND, str(tmp_path), "", "train", "run.yaml")
+    result = torchrun(2, "-c", COMMAND, str(tmp_path), "", "train", "run.yaml")
     assert time.monotonic() - began < 60
     assert result.returncode != 0
     assert [(tmp_path / host / "code").read_text() for host in ("host0", "host1")] == ["2", "2"]
@@ -227,7 +228,7 @@ def test_the_command_says_it_once_and_all_ranks_exit_alike(tmp_path):
 def test_a_rank_that_fails_within_a_step_ends_the_others_in_bounded_time(tmp_path):
     settings = two_hosts(tmp_path)
     began = time.monotonic()
-    result = launch_two(COMMAND, str(tmp_path), "in a step", "train", *arguments(settings))
+    result = torchrun(2, "-c", COMMAND, str(tmp_path), "in a step", "train", *arguments(settings))
     assert time.monotonic() - began < 60
     assert result.returncode != 0
     assert "preftune: error: out of memory: " in result.stderr

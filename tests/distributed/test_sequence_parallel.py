@@ -1,9 +1,6 @@
 """Processes that share each packed row train to the numbers of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +14,10 @@ from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
 from preftune.recipes.dpo import share_rows
-from tests.runs import read_metrics, tiny_settings
-from tests.tiny import make_pairs, tiny_mixture, tiny_model, tiny_tokenizer, write_jsonl
+from tests.distributed.beside_one import TRAIN_ALL, check_equal, runs
+from tests.launches import output_of
+from tests.runs import read_metrics
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
@@ -36,54 +35,6 @@ ALONE = ("orpo", "simpo")
 """Losses without a reference."""
 
 
-def launch(num_processes: int, script: str, *words: object) -> str:
-    """Run a script of this folder by torchrun on the CPU; what it printed."""
-    root = str(HERE.parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(num_processes), str(HERE / script), *map(str, words)]
-    result = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def runs(root: Path, cases: Mapping[str, Mapping[str, Any]], to: str, **changes: Any) -> list[Any]:
-    """Settings of each case, from a policy that is not the reference, into the folder `to`."""
-    tiny_model(seed=1).save_pretrained(root / "other")
-    tiny_mixture().save_pretrained(root / "mixture")
-    for name in ("other", "mixture"):
-        tiny_tokenizer().save_pretrained(root / name)
-    held_out = write_jsonl(root / "held_out.jsonl", make_pairs(5, seed=9))
-    base = {"num_epochs": None, "max_train_steps": 4, "eval_dataset": held_out, "eval_steps": 4}
-    listed = []
-    for name, case in cases.items():
-        own = base | {"output_dir": root / to / name, "cache_dir": root / f"cache-{to}"} | case
-        if not case.get("sync_reference") and case.get("loss_type") != "orpo":
-            own["reference_model_name_or_path"] = root / "other"
-        if "model_name_or_path" in case:
-            own["model_name_or_path"] = root / str(case["model_name_or_path"])
-        listed.append(tiny_settings(root, **own | changes))
-    return listed
-
-
-def check_equal(first: Path, second: Path) -> None:
-    """Every metric; the gradient's norm before clipping and the loss as closely as promised."""
-    lines = read_metrics(first), read_metrics(second)
-    assert len(lines[0]) == len(lines[1]) >= 4
-    for expected, got in zip(*lines, strict=True):
-        assert got["learning_rate"] == expected["learning_rate"]
-        assert got["num_tokens"] == expected["num_tokens"]
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
 def train_both(
     root: Path, cases: Mapping[str, Mapping[str, Any]], num_processes: int, **changes: Any
 ) -> None:
@@ -91,7 +42,7 @@ def train_both(
     for settings in runs(root, cases, "one"):
         train(ExperimentConfig(**settings))
     (root / "many.json").write_text(json.dumps(runs(root, cases, "many", **changes)))
-    launch(num_processes, "train_all.py", root / "many.json")
+    output_of(num_processes, TRAIN_ALL, root / "many.json")
     for name in cases:
         check_equal(root / "one" / name, root / "many" / name)
 
@@ -116,14 +67,14 @@ def test_rows_that_a_model_takes_padded_only_are_refused():
 
 
 def test_two_processes_share_the_rows_of_every_architecture():
-    printed = launch(2, "share_rows.py", 2)
+    printed = output_of(2, HERE / "share_rows.py", 2)
     assert "gpt_oss: " in printed
 
 
 @pytest.mark.slow
 def test_four_processes_share_the_rows_of_every_architecture():
     """As many as there are heads, and more than there are heads of keys."""
-    printed = launch(4, "share_rows.py", 4)
+    printed = output_of(4, HERE / "share_rows.py", 4)
     assert "gpt_oss: " in printed
 
 
@@ -172,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     for settings in cut:
         settings["cut"] = [straight["output_dir"], 2]
     (tmp_path / "many.json").write_text(json.dumps([straight, *cut]))
-    launch(2, "train_all.py", tmp_path / "many.json")
+    output_of(2, TRAIN_ALL, tmp_path / "many.json")
     whole, stopped, other = (tmp_path / "many" / name for name in cases)
     assert read_metrics(stopped) == read_metrics(whole)
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, stopped)]

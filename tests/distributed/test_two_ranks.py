@@ -1,100 +1,92 @@
-"""Two processes train to the numbers of one."""
+"""Two processes train to the numbers of one: all cases in one launch, which takes longest."""
 
-import os
-import shutil
-import subprocess
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from preftune import train
-from tests.runs import (
-    pretend_unfinished,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from preftune import ExperimentConfig, train
+from tests.distributed.beside_one import TRAIN_ALL, check_equal, runs
+from tests.launches import output_of
+from tests.runs import read_metrics, tiny_settings
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
-
-DECIDE = """
-from preftune.distributed.runtime import Runtime, leave_process_group
-from preftune.errors import ModelError
-
-runtime = Runtime("fp32", seed=0)
-assert runtime.world_size == 2
-mine = {"rank": runtime.rank}
-assert runtime.decide(lambda: mine) == {"rank": 0}
-
-def fail():
-    raise ModelError(f"no such luck on rank {runtime.rank}")
-
-try:
-    runtime.decide(fail)
-except ModelError as error:
-    assert str(error) == "no such luck on rank 0", error
-else:
-    raise SystemExit("nothing was raised")
-leave_process_group()
-"""
+UNEVEN = {"max_train_samples": 17}
+"""21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""
+LIVE = {"sync_reference": True, "reference_sync_steps": 2, "reference_mixup_alpha": 0.5}
+FASTER = {"learning_rate": 3e-4}
+CASES: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "an idle rank": UNEVEN,
+    "what the loss keeps": UNEVEN | {"loss_type": "beta_dpo"},
+    "all pairs together": {"loss_type": "aot"},
+    "live reference": UNEVEN | LIVE | FASTER,
+    "live reference, all pairs together": UNEVEN | LIVE | FASTER | {"loss_type": "aot"},
+    "token mean": {"ld_alpha": 0.3, "sft_weight": 0.5, "sft_reduction": "token"},
+    "kto": FASTER | {"loss_type": "kto", "dataset_name": "labelled.jsonl"},
+    "bco": FASTER | {"loss_type": "bco", "dataset_name": "labelled.jsonl"},
+}
+COMMON = {"gradient_accumulation_steps": 1, "max_train_steps": 6, "eval_steps": 3}
 
 
-def test_what_rank_0_decides_or_raises_holds_for_all():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", "--no-python"]
-    result = subprocess.run(
-        [*launch, sys.executable, "-c", DECIDE],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+def listed(root: Path, to: str, size: int) -> list[dict[str, Any]]:
+    """Settings of all cases, into the folder `to`, with so many pairs a forward."""
+    rows = [
+        {
+            "prompt": pair["prompt"],
+            "completion": pair["rejected" if i % 3 == 0 else "chosen"],
+            "label": i % 3 != 0,
+        }
+        for i, pair in enumerate(make_pairs(17, seed=0))
+    ]
+    write_jsonl(root / "labelled.jsonl", rows)
+    cases = {
+        name: {**COMMON, **case, "per_device_train_batch_size": size}
+        for name, case in CASES.items()
+    }
+    for case in cases.values():
+        if "dataset_name" in case:
+            case["dataset_name"] = root / case["dataset_name"]
+    return runs(root, cases, to)
 
 
-@pytest.mark.parametrize(
-    ("num_pairs", "loss_type"), [(21, "dpo"), (17, "dpo"), (17, "beta_dpo"), (21, "aot")]
-)
-def test_two_ranks_equal_one(tmp_path, num_pairs, loss_type):
-    """21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""
-    options = {"max_train_samples": num_pairs, "gradient_accumulation_steps": 1}
-    options |= {"loss_type": loss_type, "eval_steps": 2}
-    options |= {"eval_dataset": write_jsonl(tmp_path / "held_out.jsonl", make_pairs(5, seed=9))}
-    one = {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}
-    train(tiny_config(tmp_path, **options, **one))
-    two = {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    settings = tiny_settings(tmp_path, **options, **two, cache_dir=tmp_path / "cache-of-two")
-    train_on_two_ranks(settings)
-    first, second = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert len(first) == len(second) == 6
-    for expected, got in zip(first, second, strict=True):
-        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-        for line in (got, expected):  # before the first step, a matter of the last bit
-            line.pop("logratios/displaced")
-        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path):
-    """With dropout, on shares of different lengths: the ranks' generators part ways."""
-    tiny_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+def with_dropout(root: Path) -> list[dict[str, Any]]:
+    """A run on shares of different lengths, and the same stopped after two steps."""
+    tiny_model(attention_dropout=0.3).save_pretrained(root / "dropout" / "model")
+    tiny_tokenizer().save_pretrained(root / "dropout" / "model")
     options = {"disable_dropout": False, "gradient_accumulation_steps": 1, "loss_type": "simpo"}
     options |= {"checkpointing_steps": 2, "num_epochs": None, "max_train_steps": 4}
-    settings = tiny_settings(tmp_path, **options)
-    train_on_two_ranks(settings)
-    run, stopped = tmp_path / "run", tmp_path / "stopped"
-    shutil.copytree(run, stopped)
-    pretend_unfinished(stopped, 2)
-    states = load_file(stopped / "checkpoints" / "step-00000002" / "rng.safetensors")
+    straight = tiny_settings(root / "dropout", **options)
+    stopped = straight | {"output_dir": str(root / "dropout" / "stopped")}
+    return [straight, stopped | {"cut": [straight["output_dir"], 2]}]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Holds one/ and two/ with a run a case, and dropout/."""
+    root = tmp_path_factory.mktemp("two-ranks")
+    for settings in listed(root, "one", 8):
+        train(ExperimentConfig(**settings))
+    (root / "list.json").write_text(json.dumps(listed(root, "two", 4) + with_dropout(root)))
+    output_of(2, TRAIN_ALL, root / "list.json")
+    return root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one(root, name):
+    check_equal(root / "one" / name, root / "two" / name)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(root):
+    """The ranks' generators part ways."""
+    run, stopped = root / "dropout" / "run", root / "dropout" / "stopped"
+    states = load_file(run / "checkpoints" / "step-00000002" / "rng.safetensors")
     assert not torch.equal(states["0/torch"], states["1/torch"])
-    train_on_two_ranks(settings | {"output_dir": str(stopped)})
     assert read_metrics(stopped) == read_metrics(run)
     final = ["final", "model.safetensors"]
     assert stopped.joinpath(*final).read_bytes() == run.joinpath(*final).read_bytes()

@@ -11,13 +11,8 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.cli.main import main
 from preftune.errors import CacheError, ConfigError, TrainingDiverged
-from tests.runs import (
-    arguments,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.launches import train_on_two_ranks
+from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
 BAD = 3

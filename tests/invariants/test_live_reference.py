@@ -12,14 +12,7 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.errors import CheckpointError, TrainingDiverged
 from preftune.model.forward import PolicyModel
-from tests.runs import (
-    read_metrics,
-    reseal,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
-from tests.tiny import make_pairs, write_jsonl
+from tests.runs import read_metrics, reseal, tiny_config
 
 SYNC = {"sync_reference": True}
 OFTEN = SYNC | {"reference_sync_steps": 2, "reference_mixup_alpha": 0.5}
@@ -189,20 +182,3 @@ def test_what_will_have_no_effect_is_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "every 512 steps it becomes 0.6 x policy + 0.4 x reference" in said
     assert "reference_sync_steps is 512, and the run has 6 steps: no step is trained" in said
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("loss_type", ["dpo", "aot"])
-def test_two_ranks_equal_one(tmp_path, loss_type):
-    """17 pairs in batches of 8: the last leaves a rank idle."""
-    options = OFTEN | {"max_train_samples": 17, "gradient_accumulation_steps": 1}
-    options |= {"loss_type": loss_type, "eval_steps": 3, "learning_rate": 3e-4}
-    options |= {"eval_dataset": write_jsonl(tmp_path / "held_out.jsonl", make_pairs(5, seed=9))}
-    one = run(tmp_path, "one", per_device_train_batch_size=8, **options)
-    two = options | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    train_on_two_ranks(tiny_settings(tmp_path, **two))
-    got = read_metrics(tmp_path / "two")
-    assert len(got) == len(one) == 6
-    for expected, line in zip(one, got, strict=True):
-        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -20,8 +20,8 @@ from preftune.reference.build import reference_logps
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.progress import ProgressDisplay
 from tests.examples import make_examples
-from tests.invariants.test_host_syncs import syncs_of_a_run
 from tests.runs import read_metrics, tiny_config
+from tests.syncs import syncs_of_a_run
 from tests.tiny import tiny_mixture, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -7,13 +7,7 @@ import pytest
 
 from preftune import train
 from preftune.batching.batcher import RowBatcher
-from tests.runs import (
-    SHAPES,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.runs import SHAPES, read_metrics, tiny_config
 
 TOKEN_MEAN = {"sft_weight": 0.5, "sft_reduction": "token"}
 MODIFIED = {
@@ -72,12 +66,3 @@ def test_a_mean_over_the_tokens_of_a_micro_batch_is_noticed(tmp_path, monkeypatc
     assert_alike(whole, run(tmp_path, "one", **TOKEN_MEAN, **SHAPES["8x1"]))
     cut = run(tmp_path, "1x8", **TOKEN_MEAN, **SHAPES["1x8"])
     assert cut[0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.distributed
-def test_two_ranks_equal_one(tmp_path):
-    options = {"ld_alpha": 0.3, **TOKEN_MEAN, "gradient_accumulation_steps": 1}
-    one = run(tmp_path, "one", **options, per_device_train_batch_size=8)
-    two = settings(tmp_path, "two", **options, per_device_train_batch_size=4)
-    train_on_two_ranks(tiny_settings(tmp_path, **two))
-    assert_alike(one, read_metrics(tmp_path / "two"))

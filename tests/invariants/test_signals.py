@@ -1,9 +1,6 @@
 """Signals and the time limit: save and go on, or save and stop, on every rank."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 from preftune import train
 from preftune.errors import Interrupted
 from preftune.training.loop import TrainingLoop
+from tests.launches import torchrun
 from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
 
 
@@ -115,18 +113,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.distributed
 def test_two_ranks_agree_although_the_time_is_up_on_one(tmp_path):
-    (tmp_path / "limited.py").write_text(LIMITED)
     settings = tiny_settings(tmp_path, max_run_time="1h", gradient_accumulation_steps=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*launch, str(tmp_path / "limited.py"), "train", *arguments(settings)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = torchrun(2, "-c", LIMITED, "train", *arguments(settings))
     assert result.returncode != 0
     assert result.stderr.count("max_run_time 1h is up: stopped after step 2 of 6") == 1
     assert "exitcode  : 75" in result.stderr

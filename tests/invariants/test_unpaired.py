@@ -7,13 +7,7 @@ import pytest
 
 from preftune import train
 from preftune.errors import DataError
-from tests.runs import (
-    SHAPES,
-    read_metrics,
-    tiny_config,
-    tiny_settings,
-    train_on_two_ranks,
-)
+from tests.runs import SHAPES, read_metrics, tiny_config
 from tests.tiny import make_pairs, write_jsonl
 
 
@@ -57,27 +51,6 @@ def test_how_a_batch_is_cut_changes_nothing(tmp_path, loss_type):
     manifest = json.loads((tmp_path / "8x1" / "run.json").read_text())
     # Of kto each prompt is scored with its own answer and with another's.
     assert manifest["reference"]["reference"]["computed"] == (42 if loss_type == "kto" else 21)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("loss_type", ["kto", "bco"])
-def test_two_ranks_equal_one(tmp_path, loss_type):
-    """17 rows in batches of 8: the last leaves a rank idle."""
-    options = {"loss_type": loss_type, "dataset_name": labelled(tmp_path, 17), "num_epochs": 3.0}
-    options |= {"gradient_accumulation_steps": 1, "learning_rate": 3e-4, "eval_steps": 3}
-    options |= {"eval_dataset": write_jsonl(tmp_path / "held_out.jsonl", make_pairs(5, seed=9))}
-    one = run(tmp_path, "one", **options, per_device_train_batch_size=8)
-    settings = tiny_settings(
-        tmp_path,
-        **options,
-        per_device_train_batch_size=4,
-        output_dir=tmp_path / "two",
-        cache_dir=tmp_path / "cache-of-two",
-    )
-    train_on_two_ranks(settings)
-    assert_alike(one, read_metrics(tmp_path / "two"))
-    assert one[0]["loss"] == pytest.approx(0.5 if loss_type == "kto" else 0.693147, abs=1e-5)
-    assert "eval/rewards/chosen" in one[2]
 
 
 def test_pairs_are_taken_apart(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from preftune.cli.main import main
 from preftune.recipes import run
-from preftune.training import checkpoint
+from preftune.training import restore
 from preftune.training.loop import TrainingLoop
 from tests.runs import arguments, tiny_settings
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -35,7 +35,7 @@ def test_optimizer_state_that_is_lost_is_seen(tmp_path, capsys, monkeypatch):
         load_checkpoint(folder, state, model, **options)
         state.engine.optimizer.state.clear()
 
-    load_checkpoint = checkpoint.load_checkpoint
+    load_checkpoint = restore.load_checkpoint
     monkeypatch.setattr(run, "load_checkpoint", load_without_moments)
     assert verify(tmp_path) == 2
     said = capsys.readouterr().err
@@ -47,7 +47,7 @@ def test_random_numbers_that_are_lost_are_seen(tmp_path, capsys, monkeypatch):
     tiny_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     assert verify(tmp_path, disable_dropout=False) == 0
-    monkeypatch.setattr(checkpoint, "restore_generators", lambda *_: None)
+    monkeypatch.setattr(restore, "restore_generators", lambda *_: None)
     assert verify(tmp_path, disable_dropout=False) == 2
     assert "the metrics part at step 4: " in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ class _Failure:
 class Ranks:
     """One process among its peers; alone, unless a subclass gives it some.
 
-    A subclass says who this process is, and how values travel (`gather`, `send`).
+    A subclass says who this process is, and how values travel (`gather`, `send`, `send_into`).
     """
 
     forwards_together: bool = False
@@ -62,6 +62,9 @@ class Ranks:
     def send(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         return value
+
+    def send_into(self, tensor: Any) -> None:
+        """Overwrite a tensor on the device with rank 0's, which has its shape and dtype."""
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What `choose` returns on rank 0, on every rank; what it raises there, all raise.

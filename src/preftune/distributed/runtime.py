@@ -18,8 +18,9 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from preftune.config.distributed import DistributedConfig
+from preftune.distributed.delivery import Delivery
 from preftune.distributed.engine import Engine, MakeOptimizer, TorchEngine
-from preftune.distributed.fsdp import FSDPEngine
+from preftune.distributed.fsdp import FSDPEngine, cut_by_layers
 from preftune.distributed.peers import meet_peers
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.sequence import SequenceGroup, num_groups
@@ -207,36 +208,59 @@ class Runtime(Ranks):
         """Spread a model over the ranks, to be trained.
 
         Args:
-            model: with the same weights on every rank; changed in place.
+            model: with the same weights on every rank, or at `starting_place`; changed in place.
             make_optimizer: makes the optimizer of what this rank holds.
             config: which engine, and how.
             max_grad_norm: longest gradient; None or 0 is off.
         """
-        self.forwards_together = config.shards_weights
         if config.zero_stage is not None:
             self._need_process_group()
             self.prepare_for_inference(model)  # gives the module itself its precision
             return ZeroEngine(
-                model, make_optimizer, config, max_grad_norm=max_grad_norm, device=self.device
-            )
-        if config.fsdp != "no":
-            self._need_process_group()
-            if self.precision == "fp16":
-                self._give_precision(model)
-            return FSDPEngine(
                 model,
                 make_optimizer,
                 config,
+                delivery=self._delivery(model) if config.shards_weights else None,
                 max_grad_norm=max_grad_norm,
-                compute_dtype=AUTOCAST[self.precision],
                 device=self.device,
-                world_size=self.world_size,
-                host_size=self._host_size(),
             )
+        if config.fsdp != "no":
+            self._cut_by_layers(model, config)
+            return FSDPEngine(config.engine, model, make_optimizer(model), max_grad_norm)
         optimizer = make_optimizer(model)
         self._give_precision(model)
         wrapped = self._accelerator.prepare_model(model)
         return TorchEngine(config.engine, wrapped, optimizer, max_grad_norm)
+
+    def spread_frozen(self, model: nn.Module, config: DistributedConfig) -> None:
+        """Make a model that only scores ready, as much cut over the ranks as one that trains.
+
+        Args:
+            model: as in `spread`; changed in place.
+            config: of the engine that trains.
+        """
+        if config.shards_weights:
+            self._cut_by_layers(model.requires_grad_(False), config)
+        else:
+            self.prepare_for_inference(model)
+
+    def _cut_by_layers(self, model: nn.Module, config: DistributedConfig) -> None:
+        self._need_process_group()
+        if self.precision == "fp16":
+            self._give_precision(model)
+        cut_by_layers(
+            model,
+            config,
+            self._delivery(model),
+            compute_dtype=AUTOCAST[self.precision],
+            device=self.device,
+            world_size=self.world_size,
+            host_size=self._host_size(),
+        )
+
+    def _delivery(self, model: nn.Module) -> Delivery:
+        self.forwards_together = True  # all ranks gather what one of them needs
+        return Delivery(model, self.device, self)
 
     def _need_process_group(self) -> None:
         """A group of one, where no launcher made one: sharding engines want to have it."""
@@ -253,7 +277,8 @@ class Runtime(Ranks):
     def prepare_for_inference(self, model: nn.Module) -> nn.Module:
         """Give a model the same precision as in training, without an optimizer or gradients."""
         self._give_precision(model)
-        return self._accelerator.prepare_model(model, evaluation_mode=True)
+        # Where it lies is not Accelerate's to say: an engine may be about to cut it.
+        return self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _give_precision(self, model: nn.Module) -> None:
         """Let the model's forward compute its products in the precision of this run."""
@@ -302,3 +327,8 @@ class Runtime(Ranks):
             return value
         (value,) = broadcast_object_list([value])
         return value
+
+    def send_into(self, tensor: Tensor) -> None:
+        """Overwrite a tensor on the device with rank 0's, which has its shape and dtype."""
+        if self.world_size > 1:
+            torch.distributed.broadcast(tensor, src=0)

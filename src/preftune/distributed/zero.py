@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from preftune.config.distributed import LARGEST_STAGE, DistributedConfig
+from preftune.distributed.delivery import Delivery, repeated_layers
 from preftune.distributed.engine import Engine, MakeOptimizer, gradient_norm
 from preftune.distributed.parts import Part, cut
 
@@ -33,15 +34,18 @@ class ZeroEngine(Engine):
         make_optimizer: MakeOptimizer,
         config: DistributedConfig,
         *,
+        delivery: Delivery | None,
         max_grad_norm: float | None,
         device: torch.device,
     ) -> None:
         """Cut what the stage says.
 
         Args:
-            model: whole, with the same weights on every rank.
+            model: what `delivery` was made for.
             make_optimizer: makes the optimizer of its parameters.
             config: what to cut, and where to keep it.
+            delivery: brings the weights where the stage cuts them; None: the model is whole on
+                every rank, with the same weights.
             max_grad_norm: longest gradient; None or 0 is off.
             device: of this rank.
         """
@@ -52,11 +56,14 @@ class ZeroEngine(Engine):
         self._max_norm = max_grad_norm or float("inf")
         self._norm = torch.zeros((), device=device)
         self._rank, self._num_ranks = distributed.get_rank(), distributed.get_world_size()
+        options = deepspeed_config(config, max_grad_norm, device)
         with _quiet():
+            if delivery is not None:
+                _cut_by_layers(model, delivery, options)
             self.model, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer(model),
-                config=deepspeed_config(config, max_grad_norm, device),
+                config=options,
                 dist_init_required=False,
             )
         if self._stage:
@@ -246,6 +253,22 @@ class ZeroEngine(Engine):
             return
         self._norm = torch.full((), float("inf"), device=self.model.device)
         self.update(skip=torch.ones((), device=self.model.device))
+
+
+def _cut_by_layers(model: nn.Module, delivery: Delivery, options: dict[str, Any]) -> None:
+    """Cut each layer when it has come, before the next one does."""
+    import deepspeed
+
+    first: Any = None
+    for layer in repeated_layers(model):
+        delivery.bring(layer)
+        parameters = [p for p in layer.parameters() if not hasattr(p, "ds_id")]
+        if first is not None:
+            first.convert_to_zero_parameters(param_list=parameters)
+        elif parameters:
+            deepspeed.zero.Init(module=layer, config_dict_or_path=options)
+            first = parameters[0]
+    delivery.bring(model)  # DeepSpeed cuts the rest itself
 
 
 def deepspeed_config(

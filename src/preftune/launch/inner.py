@@ -1,9 +1,12 @@
-"""The command that a job runs on each of its hosts: `preftune launch` again, there."""
+"""What jobs share: the command that runs on each host, and the file that describes the job."""
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from preftune.config.launch import JobSection, ProcessesSection
+from preftune.files import write_atomically
+from preftune.launch.local import say
 from preftune.launch.program import Program
 
 
@@ -35,3 +38,19 @@ def inner_command(
         way = f"hosts --hosts {hosts} --host_rank {host_rank}"
         way += f" --port {port}" if port else ""
     return f"{shlex.join(preftune)} launch {way} {own} -- {shlex.join(program.words)}"
+
+
+def write_for(start: str, path: str, text: str) -> int:
+    """Write the file of a job that people start themselves.
+
+    Args:
+        start: the command that starts it.
+        path: of the file.
+        text: of the file.
+
+    Returns:
+        The exit code, 0.
+    """
+    write_atomically(Path(path), f"{text}\n")
+    say(f"wrote {path}; start it with: {start}")
+    return 0

@@ -1,15 +1,13 @@
 """A manifest for Kubernetes: a job whose pods are the hosts, and the service that names them."""
 
-from pathlib import Path
+import shlex
 from typing import Any
 
 import yaml
 
 from preftune.config.launch import LaunchKubernetesConfig
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
-from preftune.files import write_atomically
-from preftune.launch.inner import inner_command
-from preftune.launch.local import say
+from preftune.launch.inner import inner_command, write_for
 from preftune.launch.program import Program
 
 CONTAINER = "preftune"
@@ -120,19 +118,13 @@ def describe_kubernetes(program: Program, config: LaunchKubernetesConfig) -> str
     text = yaml.safe_dump_all(
         kubernetes_manifest(program, config), sort_keys=False, width=float("inf")
     )
-    return f"# kubectl apply -f {config.manifest}\n{text}".rstrip("\n")
+    return f"# {_start(config)}\n{text}".rstrip("\n")
 
 
 def write_kubernetes(program: Program, config: LaunchKubernetesConfig) -> int:
-    """Write the manifest.
+    """Write the manifest; gives the exit code."""
+    return write_for(_start(config), config.manifest, describe_kubernetes(program, config))
 
-    Args:
-        program: what the processes run.
-        config: what the job asks for.
 
-    Returns:
-        0: it is written.
-    """
-    write_atomically(Path(config.manifest), describe_kubernetes(program, config) + "\n")
-    say(f"wrote {config.manifest}; start it with: kubectl apply -f {config.manifest}")
-    return 0
+def _start(config: LaunchKubernetesConfig) -> str:
+    return f"kubectl apply -f {shlex.quote(config.manifest)}"

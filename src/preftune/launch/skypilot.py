@@ -1,16 +1,13 @@
 """A task file for SkyPilot."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from preftune.config.launch import LaunchSkypilotConfig
 from preftune.errors import Interrupted
-from preftune.files import write_atomically
-from preftune.launch.inner import inner_command
-from preftune.launch.local import say
+from preftune.launch.inner import inner_command, write_for
 from preftune.launch.program import Program
 
 
@@ -58,18 +55,8 @@ def describe_skypilot(program: Program, config: LaunchSkypilotConfig) -> str:
 
 
 def write_skypilot(program: Program, config: LaunchSkypilotConfig) -> int:
-    """Write the task file.
-
-    Args:
-        program: what the processes run.
-        config: what the task asks for.
-
-    Returns:
-        0: it is written.
-    """
-    write_atomically(Path(config.task), describe_skypilot(program, config) + "\n")
-    say(f"wrote {config.task}; start it with: {_start(config)}")
-    return 0
+    """Write the task file; gives the exit code."""
+    return write_for(_start(config), config.task, describe_skypilot(program, config))
 
 
 def _start(config: LaunchSkypilotConfig) -> str:

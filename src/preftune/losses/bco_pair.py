@@ -36,7 +36,8 @@ class BCOPair(RewardLoss):
     Deviates: without the paper's shift of the reward by a running mean, as in TRL; on pairs both
     sides come in equal numbers.
 
-    Settings: β 0.01, learning rate 5e-7 (the paper).
+    Settings: β 0.01 in the paper, 0.1 here: at 0.01 the sigmoids are straight over the margins of a
+    short run, which learns less from it (docs/learning.md); learning rate 5e-7 (the paper).
 
     Curves: the loss falls from 2·ln 2; the chosen reward rises above 0, the rejected one falls
     below.

@@ -36,7 +36,8 @@ class NCAPair(RewardLoss):
 
     Deviates: no.
 
-    Settings: β 0.01, learning rate 5e-6 (the authors' code, QLoRA).
+    Settings: β 0.01 in the authors' code, 0.1 here, for bco_pair's reason; learning rate 5e-6 (the
+    authors' code, QLoRA).
 
     Curves: the loss falls slowly from 2·ln 2; the chosen reward rises towards ln 2, its optimum,
     and does not fall as with dpo.

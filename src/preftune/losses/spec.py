@@ -150,17 +150,17 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.NCA_PAIR: LossSpec(
         "NCAPair",
         "noise contrastive: raises the chosen answer itself, not only its lead",
-        {"beta": 0.01},
+        {"beta": 0.1},
     ),
     DPOLossType.BCO_PAIR: LossSpec(
         "BCOPair",
         "binary classifier: chosen above and rejected below the reference",
-        {"beta": 0.01},
+        {"beta": 0.1},
     ),
     DPOLossType.SPPO_HARD: LossSpec(
         "SPPOHard",
         "squared distance of each log-ratio from its own target (self-play, certain labels)",
-        {"beta": 0.001},
+        {"beta": 0.01},
     ),
     DPOLossType.APO_ZERO: LossSpec(
         "APOZero",
@@ -203,13 +203,13 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.AOT: LossSpec(
         "AOT",
         "DPO's loss between sorted margins of policy and reference, over the whole batch",
-        {"beta": 0.01, **_SMOOTHING},
+        {"beta": 0.1, **_SMOOTHING},
         needs_global_batch=True,
     ),
     DPOLossType.AOT_UNPAIRED: LossSpec(
         "AOTUnpaired",
         "DPO's loss between sorted log-ratios of chosen and rejected, over the whole batch",
-        {"beta": 0.01, **_SMOOTHING},
+        {"beta": 0.1, **_SMOOTHING},
         needs_global_batch=True,
     ),
     DPOLossType.BETA_DPO: LossSpec(

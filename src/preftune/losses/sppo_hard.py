@@ -16,7 +16,7 @@ class SPPOHard(Loss):
     value = (s_w − 1/(2β))² + (s_l + 1/(2β))²
 
     s = π − ρ is the log-ratio of a completion, sums in nats, as in `DPO`. Each side has its own
-    target, ±1/(2β): 500 nats at β = 0.001, so that the pull is all but linear.
+    target, ±1/(2β): 50 nats at β = 0.01, 500 at 0.001, where the pull is all but linear.
 
     Args:
         beta: β > 0, per nat: 1/η of the paper.
@@ -32,9 +32,10 @@ class SPPOHard(Loss):
     Deviates: one pass over given pairs; the paper samples and ranks anew each iteration, with win
     probabilities from a preference model.
 
-    Settings: β 0.001 (η = 1e3), learning rate 5e-7 (the paper).
+    Settings: β 0.001 (η = 1e3) in the paper, 0.01 here, for bco_pair's reason; learning rate 5e-7
+    (the paper).
 
-    Curves: the loss starts at 1/(2β²), 500,000 at the default, and falls by small fractions; the
+    Curves: the loss starts at 1/(2β²), 5,000 at the default, and falls by small fractions; the
     gradient norm is large, so that clipping sets the step. Watch the rewards.
     """
 

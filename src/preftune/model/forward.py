@@ -1,6 +1,6 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -78,16 +78,18 @@ class PolicyModel(nn.Module):
         self.use_cache = use_cache
         self.sequence_group: SequenceGroup | None = None
         """Who shares the rows of layouts that give each process a part."""
-        self.transform = (
-            HeadTransform.from_config(model.config) if compact_head else HeadTransform()
-        )
 
-    @cached_property
-    def head_chunk_size(self) -> int:
-        """Most positions whose logits exist at once, by the device that the model is on."""
+    @property
+    def transform(self) -> HeadTransform:
+        """What comes after the head's product, where the head is compact."""
+        if not self.compact_head:
+            return HeadTransform()
+        return HeadTransform.from_config(self.model.config)
+
+    def head_chunk_size(self, device: torch.device) -> int:
+        """Most positions whose logits exist at once on a device."""
         config = self.model.config.get_text_config()
-        memory = chunk_memory(self.model.device)
-        return head_chunk_size(memory, config.hidden_size, config.vocab_size)
+        return head_chunk_size(chunk_memory(device), config.hidden_size, config.vocab_size)
 
     def forward(
         self, layout: PairLayout, with_alignment: bool = False, with_routing: bool = False
@@ -132,7 +134,7 @@ class PolicyModel(nn.Module):
             block.labels if block.shard is None else block.labels[block.shard.scored],
             self.transform,
             with_alignment=with_alignment,
-            chunk_size=self.head_chunk_size,
+            chunk_size=self.head_chunk_size(hidden.device),
         )
         if block.shard is not None:
             logps, alignment = self._of_the_row(logps, alignment, block, block.shard)

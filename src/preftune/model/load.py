@@ -200,7 +200,8 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
 
     Args:
         config: what to load; `dtype` is how the weights are kept.
-        device: where to put it.
+        device: where to put it; on "meta" it has shapes and no numbers, and whether its head can be
+            compact is not known.
 
     Raises:
         ModelError: it cannot be found or read, or lacks weights.
@@ -216,6 +217,8 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         # The other kernels are given to the model when it is known to be right with them
         # (`layout_choice`); until then it computes in types that they cannot.
         options["attn_implementation"] = config.attn_implementation
+    if device.type == "meta":
+        options["device_map"] = "meta"
     try:
         # With output_loading_info it returns a pair, which its annotation does not say.
         model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -241,7 +244,7 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         _zero_dropout_modules(model)
     nn.Module.to(model, device)
     model.eval()
-    compact = head_is_plain(model)
+    compact = device.type != "meta" and head_is_plain(model)
     if config.gradient_checkpointing:
         # transformers renamed it after 5.17, the oldest version supported here.
         enable = getattr(model, "activation_checkpointing_enable", None)

@@ -15,18 +15,16 @@ from preftune.config.parser import parse_config
 from preftune.config.paths import cache_root
 from preftune.data.table import TokenRows
 from preftune.distributed.folders import look_at_folder
-from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
+from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import CacheError, CheckpointError, ConfigError, Findings
 from preftune.files import replacing
-from preftune.model.layout_choice import choose_layout, use_layout
-from preftune.model.load import load_model
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.preflight import look_at_cache, look_at_model, slow_settings
 from preftune.recipes.reference import Reference, open_reference, rows_to_score, stage_name
 from preftune.recipes.same_start import agree_on_data, agree_on_start
+from preftune.recipes.start_model import StartModel
 from preftune.reference.agreement import Recomputed, recompute
 from preftune.reference.build import Answer, Scorer, answers_of
-from preftune.reference.fingerprints import namespace_fields
 from preftune.reference.namespaces import find_namespaces, one_namespace
 from preftune.reference.store import StoredLogps, read_shard, shards_in
 from preftune.tracking.progress import ProgressDisplay
@@ -96,19 +94,14 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
     )
     agree_on_data(pairs.by_use, runtime)
     display.say(f"loading {config.model_name_or_path}")
-    policy = runtime.together(lambda: load_model(pinned, runtime.device)).policy
-    layout = runtime.decide(
-        lambda: choose_layout(
-            policy,
-            start.layout or config.wanted_layout,
-            start.attention or config.attn_implementation,
-            pairs.longest_side,
-            autocast=AUTOCAST[runtime.precision],
-        )
+    model = StartModel.load(pinned, runtime, is_cut=config.shards_weights)
+    layout = model.lay_out(
+        start.layout or config.wanted_layout,
+        start.attention or config.attn_implementation,
+        pairs.longest_side,
     )
-    use_layout(policy, layout)
-    runtime.prepare_for_inference(policy)
-    fields = namespace_fields(policy, precision=runtime.precision, layout=layout.name)
+    fields, policy = model.identify(layout), model.loaded.policy
+    runtime.spread_frozen(policy, config)
     reference = open_reference(pinned, policy, fields, layout, pairs, cache, runtime, display)
     return reference, pairs, runtime.precision == "fp32" and config.dtype == "float32"
 

@@ -15,8 +15,7 @@ from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
 from preftune.model.forward import PolicyModel
-from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
-from preftune.model.load import load_model
+from preftune.model.layout_choice import LayoutChoice
 from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import load_experiment_pairs, over_budget
@@ -25,17 +24,16 @@ from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
 from preftune.recipes.same_start import (
     agree_on_data,
-    agree_on_model,
     agree_on_start,
     check_output_is_seen,
 )
+from preftune.recipes.start_model import StartModel
 from preftune.recipes.step_zero import (
     check_step_zero,
     compared_rows,
     plain_rows,
     plain_scores,
 )
-from preftune.reference.fingerprints import namespace_fields
 from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
@@ -117,29 +115,26 @@ def _train(
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
-    loaded = runtime.together(lambda: load_model(pinned, runtime.device))
+    model = StartModel.load(pinned, runtime, is_cut=config.shards_weights)
+    loaded = model.loaded
     examples = pairs.train.examples
-    plain = plain_scores(
-        loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
-    )
-    layout = runtime.decide(
-        lambda: choose_layout(
-            loaded.policy,
-            start.layout or config.wanted_layout,
-            start.attention or config.attn_implementation,
-            pairs.longest_side,
-            autocast=AUTOCAST[precision],
+    plain = runtime.decide(
+        lambda: plain_scores(
+            loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
         )
     )
-    use_layout(loaded.policy, layout)
+    layout = model.lay_out(
+        start.layout or config.wanted_layout,
+        start.attention or config.attn_implementation,
+        pairs.longest_side,
+    )
     share_rows(loaded.policy, layout, runtime)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     live_reference = LiveReference.of(config, loaded.policy, runtime)
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
-    fields = namespace_fields(loaded.policy, precision=precision, layout=layout.name)
-    agree_on_model(str(config.model_name_or_path), fields, runtime)
+    fields = model.identify(layout)
     engine = runtime.spread(
         loaded.policy,
         partial(make_optimizer, config=config),

@@ -11,8 +11,8 @@ from preftune.errors import CheckpointError
 from preftune.model.load import load_model, own_weights, saved_dtype, stop_at
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import prepare_tokenizer
-from preftune.training.checkpoint import load_weights
 from preftune.training.integrity import MANIFEST, STATE, read_document
+from preftune.training.restore import load_weights
 from preftune.training.run_folder import check_writable
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -47,6 +48,18 @@ class Pairs:
         """Tokens of the longest prompt and answer."""
         sets = (self.train, *self.held_out.values())
         return max(int(dataset.examples.longest_side.max()) for dataset in sets)
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of them."""
+        sets = {"train": self.train}
+        sets |= {f"held_out/{label}".rstrip("/"): data for label, data in self.held_out.items()}
+        return {
+            label: {"name": dataset.name, "fingerprint": dataset.examples.fingerprint()}
+            | {"num_pairs": len(dataset.examples)}
+            | dataset.counts.as_dict()
+            | {"sources": [source.as_dict() for source in dataset.sources]}
+            for label, dataset in sets.items()
+        }
 
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

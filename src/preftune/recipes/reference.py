@@ -12,16 +12,16 @@ from preftune.config.model import AttentionName, ModelConfig
 from preftune.config.paths import cache_root
 from preftune.data.table import TokenRows
 from preftune.distributed.folders import SeenFolder
-from preftune.distributed.runtime import AUTOCAST, Runtime
+from preftune.distributed.runtime import Runtime
 from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
-from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
-from preftune.model.load import load_model, load_model_config, load_tokenizer, model_commit
+from preftune.model.layout_choice import LayoutChoice
+from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.recipes.pairs import Pairs
-from preftune.recipes.same_start import agree_on_model
+from preftune.recipes.start_model import StartModel
 from preftune.reference.build import ReferenceLogps, ShardSize, reference_logps
 from preftune.reference.copies import copy_to_file_systems
-from preftune.reference.fingerprints import namespace_fields, namespace_key
+from preftune.reference.fingerprints import namespace_key
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.training.memory import explain_lack_of_memory
@@ -184,16 +184,15 @@ def open_reference(
     if other is not None:
         name = other.model_name_or_path
         display.say(f"loading {name}, the reference")
-        model = runtime.together(lambda: load_model(other, runtime.device).policy)
-        choice = runtime.decide(lambda: _layout_like(model, layout, pairs.longest_side, runtime))
-        use_layout(model, choice)
+        own = StartModel.load(other, runtime, is_cut=config.shards_weights)
+        model = own.loaded.policy
+        choice = _layout_like(own, layout, pairs.longest_side)
         if choice.why:
             display.say(f"the reference's pairs are padded: {choice.why}")
-        runtime.prepare_for_inference(model)  # gives the module itself its precision
+        fields = own.identify(choice)
+        runtime.spread_frozen(model, config)
         form = choice.name
-        fields = namespace_fields(model, precision=runtime.precision, layout=form)
     root = cache_root(config.cache_dir)
-    agree_on_model(str(name), fields, runtime)
     store = runtime.together(
         lambda: ReferenceStore(root, namespace_key(fields), fields, model=str(name))
     )
@@ -201,17 +200,12 @@ def open_reference(
     return Reference(model, other is not None, kind, fields, store, cache, runtime, display)
 
 
-def _layout_like(
-    model: PolicyModel, layout: LayoutChoice, longest: int, runtime: Runtime
-) -> LayoutChoice:
-    """The policy's layout and kernel, or the nearest to them that is right for `model`."""
+def _layout_like(model: StartModel, layout: LayoutChoice, longest: int) -> LayoutChoice:
+    """The policy's layout and kernel, or the nearest to them that is right for another model."""
     wanted = "auto" if layout.name == "shared_prefix" else layout.name
-    autocast = AUTOCAST[runtime.precision]
 
     def choose(attention: AttentionName) -> LayoutChoice:
-        return choose_layout(
-            model, wanted, attention, longest, autocast=autocast, with_backward=False
-        )
+        return model.lay_out(wanted, attention, longest, with_backward=False)
 
     try:
         return choose(layout.attention)  # pyright: ignore[reportArgumentType]  # was one before

@@ -1,7 +1,6 @@
 """The parts of a run that touch its folder and its manifest."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,11 +24,12 @@ from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
-from preftune.files import hold_alone, write_atomically
+from preftune.files import write_atomically
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import LoadedModel, in_dtype, named_weights, saved_dtype, stop_at
 from preftune.objective import Objective
 from preftune.recipes.checkpoints import Checkpoints
+from preftune.recipes.going_on import hold_folder, look_into, take_over_metrics
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
@@ -38,10 +38,9 @@ from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
-from preftune.training.checkpoint import load_checkpoint, snapshot, snapshot_of_rank
+from preftune.training.checkpoint import Snapshot, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
-from preftune.training.integrity import read_document
 from preftune.training.loop import GOES_ON
 from preftune.training.memory import (
     explain_lack_of_memory,
@@ -49,7 +48,8 @@ from preftune.training.memory import (
     rows_and_tokens,
     scoring_remedies,
 )
-from preftune.training.run_folder import RunStart, new_manifest, plan_start
+from preftune.training.restore import load_checkpoint
+from preftune.training.run_folder import RunStart, new_manifest
 from preftune.training.step import TrainState
 
 
@@ -107,12 +107,12 @@ class Run:
             "layout_why": layout.why,
             "attention": layout.attention,
             "attention_tried": layout.tried,
-            "head_chunk_size": loaded.policy.head_chunk_size,
+            "head_chunk_size": loaded.policy.head_chunk_size(runtime.device),
             "compact_head": loaded.policy.compact_head,
             "steps": num_steps,
             "steps_per_epoch": sampler.steps_per_epoch,
             "global_batch_size": sampler.global_batch_size,
-            "data": _describe_data(pairs),
+            "data": pairs.describe(),
         }
 
     def batchers(self, reference: Reference | None) -> tuple[RowBatcher, dict[str, RowBatcher]]:
@@ -254,24 +254,9 @@ class Run:
 
     def _restore(self, state: TrainState, checkpoint: Path) -> int:
         """Take the state from a checkpoint; gives the bytes of metrics that it had seen."""
-        document = self.runtime.together(lambda: self._looked_into(checkpoint))
-        policy, runtime = self.loaded.policy.model, self.runtime
-        load_checkpoint(checkpoint, state, policy, device=runtime.device, ranks=runtime)
-        found = self.runtime.together(lambda: self.checkpoints.restore_best(document.get("best")))
-        if found is not None:
-            self.manifest["best_checkpoint"] = found
-        return document["metrics_offset"]
-
-    def _looked_into(self, checkpoint: Path) -> dict[str, Any]:
-        """The checkpoint's document, of a state that this run can go on from."""
-        document = read_document(checkpoint)
-        before = document["identity"]
-        self._check_same_start(before)
-        if document["step"] > self.num_steps:
-            raise CheckpointError(
-                f"{checkpoint} is of step {document['step']}, and this run has {self.num_steps} "
-                "steps; raise num_epochs or max_train_steps, or take an earlier checkpoint"
-            )
+        document = self.runtime.together(
+            lambda: look_into(checkpoint, self._identity(), self.num_steps)
+        )
         now = self._how_spread()
         if (then := document["spread"]) != now:
             self.display.say(
@@ -279,7 +264,12 @@ class Run:
                 f"run goes on with {now['processes']} ({now['engine']}): to the same numbers but "
                 "for the order of sums"
             )
-        return document
+        policy, runtime = self.loaded.policy.model, self.runtime
+        load_checkpoint(checkpoint, state, policy, device=runtime.device, ranks=runtime)
+        found = self.runtime.together(lambda: self.checkpoints.restore_best(document.get("best")))
+        if found is not None:
+            self.manifest["best_checkpoint"] = found
+        return document["metrics_offset"]
 
     def _how_spread(self) -> dict[str, Any]:
         return {"processes": self.runtime.world_size, "engine": self.config.engine}
@@ -291,28 +281,16 @@ class Run:
             return
         folder = self.start.folder
         folder.root.mkdir(parents=True, exist_ok=True)
-        self._hold_folder()
+        self._lock = hold_folder(self.config, self.start)
         self._take_up_manifest()
         self._take_up_guards(state, batcher)
         # First, so that a kill from here on leaves a folder that is known as a run's.
         folder.write_manifest(self.manifest)
         folder.checkpoints.mkdir(exist_ok=True)
-        self._take_over_metrics(metrics_file, offset)
+        take_over_metrics(metrics_file, self.start.checkpoint, offset)
         # `resume` belongs to the command, not to the run that a copy of it would repeat.
         settings = replace(self.config, resume="auto")
         write_atomically(folder.config, settings.to_yaml(redacted_values))
-
-    def _hold_folder(self) -> None:
-        """Lock the folder, and see that it still is what the run was planned from."""
-        root = self.start.folder.root
-        self._lock = hold_alone(root)
-        if plan_start(self.config, held=True) == self.start:
-            return
-        os.close(self._lock)
-        raise CheckpointError(
-            f"another process has worked in {root} since this command began; run it again to go on "
-            "from there"
-        )
 
     def trackers(self, step: int) -> list[Tracker]:
         """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
@@ -350,19 +328,6 @@ class Run:
             for step in guards.skipped_steps
         ]
 
-    def _check_same_start(self, before: dict[str, Any]) -> None:
-        changed = [
-            f"{key} was {before.get(key)}, now {now}"
-            for key, now in self._identity().items()
-            if before.get(key) != now
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{self.start.checkpoint} cannot go on to the same numbers here: "
-                f"{'; '.join(changed)}. Restore the files, versions and pairs a step of that run, "
-                "or start a new --output_dir"
-            )
-
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the straight one."""
         held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
@@ -377,20 +342,6 @@ class Run:
             "reference namespace": self.manifest.get("reference_namespace"),
         }
 
-    def _take_over_metrics(self, metrics_file: MetricsFile, offset: int) -> None:
-        checkpoint = self.start.checkpoint
-        if checkpoint is not None and not metrics_file.path.exists():
-            # A checkpoint of another run folder: its lines up to that step come along.
-            source = checkpoint.parent.parent / metrics_file.path.name
-            if source.exists():
-                shutil.copyfile(source, metrics_file.path)
-        if metrics_file.offset < offset:
-            raise CheckpointError(
-                f"{metrics_file.path} lacks lines that {checkpoint} had seen; restore it, or start "
-                "a new --output_dir"
-            )
-        metrics_file.rewind(offset)
-
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
         """Save the state after its step, and drop checkpoints beyond the retention.
 
@@ -398,7 +349,6 @@ class Run:
         """
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
-
         extra = {
             "config": self.manifest["config"],
             "identity": self._identity(),
@@ -406,16 +356,18 @@ class Run:
             "metrics_offset": metrics_file.offset,
             "facts": self._facts(),
         }
-        model = self.loaded.policy.model
+
+        def content() -> Snapshot:
+            model = self.loaded.policy.model
+            return snapshot(state, model, window, generators, extra, self.runtime)
+
         if state.engine.is_sharded:
-            content = snapshot_of_rank(state, model, window, generators, extra, self.runtime)
-            self.checkpoints.save_together(content, metrics_file, state.step)
+            self.checkpoints.save_together(content(), metrics_file, state.step)
             return
 
         def save() -> None:
             if self.runtime.is_main:
-                content = snapshot(state, model, window, generators, extra)
-                self.checkpoints.save(content, metrics_file)
+                self.checkpoints.save(content(), metrics_file)
 
         self.runtime.together(save)
 
@@ -494,15 +446,3 @@ class Run:
             os.close(self._lock)
             self._lock = None
         self._store = None
-
-
-def _describe_data(pairs: Pairs) -> dict[str, Any]:
-    sets = {"train": pairs.train}
-    sets |= {f"held_out/{label}".rstrip("/"): held for label, held in pairs.held_out.items()}
-    return {
-        label: {"name": dataset.name, "fingerprint": dataset.examples.fingerprint()}
-        | {"num_pairs": len(dataset.examples)}
-        | dataset.counts.as_dict()
-        | {"sources": [source.as_dict() for source in dataset.sources]}
-        for label, dataset in sets.items()
-    }

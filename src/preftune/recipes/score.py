@@ -22,13 +22,12 @@ from preftune.data.pairs import PairDataset
 from preftune.data.table import TokenRows
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.ranks import ALONE, Ranks
-from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
+from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import ConfigError
 from preftune.evaluation.samples import sampled_answers
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
-from preftune.model.layout_choice import choose_layout, use_layout
-from preftune.model.load import LoadedModel, check_model_files, load_model
+from preftune.model.load import LoadedModel, check_model_files
 from preftune.recipes.pairs import (
     check_fits_model,
     load_dataset_pairs,
@@ -36,8 +35,8 @@ from preftune.recipes.pairs import (
     prepare_tokenizer,
 )
 from preftune.recipes.preflight import check_device, slow_settings
-from preftune.recipes.same_start import agree_on_data, agree_on_model, agree_on_start
-from preftune.reference.fingerprints import namespace_fields
+from preftune.recipes.same_start import agree_on_data, agree_on_start
+from preftune.recipes.start_model import StartModel
 from preftune.schema import TokenizedExample
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.memory import (
@@ -221,22 +220,14 @@ def open_model(
 ) -> OpenModel:
     """Load a model, and choose how rows of at most `longest` tokens a side go through it."""
     display.say(f"loading {model_config.model_name_or_path}")
-    loaded = runtime.together(lambda: load_model(model_config, runtime.device))
+    start = StartModel.load(model_config, runtime, is_cut=False)
+    loaded = start.loaded
     attention = str(loaded.policy.model.config._attn_implementation)
-    layout = runtime.decide(
-        lambda: choose_layout(
-            loaded.policy,
-            config.forward_layout,
-            config.attn_implementation,
-            longest,
-            autocast=AUTOCAST[runtime.precision],
-            with_backward=False,
-        )
+    layout = start.lay_out(
+        config.forward_layout, config.attn_implementation, longest, with_backward=False
     )
-    use_layout(loaded.policy, layout)
     if runtime.world_size > 1:
-        fields = namespace_fields(loaded.policy, precision=runtime.precision, layout=layout.name)
-        agree_on_model(str(model_config.model_name_or_path), fields, runtime)
+        start.identify(layout)
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)

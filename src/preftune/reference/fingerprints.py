@@ -31,7 +31,9 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def namespace_fields(policy: PolicyModel, *, precision: str, layout: str) -> dict[str, Any]:
+def namespace_fields(
+    policy: PolicyModel, *, precision: str, layout: str, device: str
+) -> dict[str, Any]:
     """Everything that decides a log-prob besides the row itself, readable by people.
 
     Two runs share stored values when, and only when, all of these are equal. The learning rate,
@@ -41,20 +43,20 @@ def namespace_fields(policy: PolicyModel, *, precision: str, layout: str) -> dic
         policy: the reference in eval mode: the policy before its first step.
         precision: of the products, `fp32`, `bf16` or `fp16`.
         layout: name of the forward layout; another one may differ in the last bits.
+        device: type of the one that computes.
     """
     config = policy.model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in DESCRIPTIVE_FIELDS}
-    parameter = next(policy.parameters())
     return {
         "weights": weights_fingerprint(policy.model),
         "model_config": fields,
-        "dtype": str(parameter.dtype),
+        "dtype": str(next(policy.parameters()).dtype),
         "precision": precision,
         "layout": layout,
         "attention": _kernel(str(config._attn_implementation)),
         "compact_head": policy.compact_head,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "device": parameter.device.type,
+        "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "forward_version": FORWARD_VERSION,

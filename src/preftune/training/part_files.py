@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from preftune.distributed.parts import Part
-from preftune.training.tensor_files import Damaged, first_rows
+from preftune.training.tensor_files import Damaged, differing, first_rows
 
 
 @dataclass
@@ -53,7 +53,7 @@ class PartReader:
         """Names that stand in only one of files and targets, or whose shapes differ."""
         shapes = {name: found.shape for name, found in self._found.items()}
         wanted = {name: part.shape for name, part in self.targets.items()}
-        return sorted(n for n in shapes | wanted if shapes.get(n) != wanted.get(n))
+        return differing(shapes, wanted)
 
     @torch.no_grad()
     def _read(self, path: Path) -> None:

@@ -141,6 +141,11 @@ class TensorFile:
         """Close the file."""
         self._file.close()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each tensor."""
+        return {name: shape for name, (_, shape) in self.tensors.items()}
+
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Read every tensor, then compare the file's checksum.
 
@@ -201,6 +206,13 @@ class TensorFile:
             if not _fill(self._file, chunk):
                 raise Damaged(f"{self.path.name} ends too early")
             self._digest.update(chunk)
+
+
+def differing(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Names that stand in only one of the two, or with another shape."""
+    return sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
 
 
 def first_rows(metadata: Mapping[str, str] | None) -> dict[str, int]:

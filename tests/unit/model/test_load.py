@@ -13,6 +13,7 @@ from preftune.errors import ModelError
 from preftune.model.load import load_model
 from tests.runs import tiny_config, tiny_model_folder
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.unit.model.test_forward import ARCHITECTURES, make_model
 
 CPU = torch.device("cpu")
 
@@ -93,3 +94,23 @@ def test_tied_weights_are_saved_once(tmp_path):
     assert "lm_head.weight" not in load_file(final / "model.safetensors")
     loaded = load_model(ModelConfig(model_name_or_path=str(final)), CPU).policy.model
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_numbers_a_model_has_the_same_shapes_and_ties(tmp_path, name):
+    make_model(name).save_pretrained(tmp_path)
+    config = ModelConfig(model_name_or_path=str(tmp_path), dtype="bfloat16")
+    whole = load_model(config, torch.device("cpu")).policy.model
+    empty = load_model(config, torch.device("meta")).policy.model
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert described(empty) == described(whole)
+
+
+def described(model) -> list[tuple]:
+    """Names, shapes, dtypes, and which names stand for one tensor."""
+    tensors = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    first: dict[int, str] = {}
+    return [
+        (name, first.setdefault(id(t), name), t.shape, t.dtype, t.requires_grad)
+        for name, t in tensors.items()
+    ]

@@ -19,6 +19,7 @@ from preftune.model.forward import PolicyModel, pair_logps
 from preftune.model.layout_choice import choose_layout
 from preftune.model.rope import length_limits, longest_sequence
 from preftune.schema import Completion, TokenizedExample
+from tests.policies import long_rope
 
 LIMIT = 24
 LAYOUTS = ("shared_prefix", "concatenated", "separate")
@@ -37,12 +38,7 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 THETA = {"rope_theta": 10000.0}
-LONG_ROPE = THETA | {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [1.0, 2.0, 4.0, 8.0],
-    "original_max_position_embeddings": LIMIT,
-}
+LONG_ROPE = long_rope(LIMIT)
 DYNAMIC = THETA | {"rope_type": "dynamic", "factor": 4.0}
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": LIMIT}
 LLAMA3 = THETA | {

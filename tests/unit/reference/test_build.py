@@ -18,6 +18,7 @@ from preftune.reference.fingerprints import completion_key, namespace_fields, na
 from preftune.reference.store import ReferenceStore
 from preftune.schema import Completion, TokenizedExample
 from tests.examples import make_examples
+from tests.policies import CountingModel
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -39,20 +40,6 @@ def compute(root, examples, model=None, **options):
 
 def bytes_of(root) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (root / "reference" / "ns").glob("*.safetensors")}
-
-
-class CountingModel(PolicyModel):
-    """Counts forwards, and can fail at one of them as a kill would."""
-
-    def __init__(self, fail_at: int | None = None):
-        super().__init__(tiny_model())
-        self.num_forwards, self.fail_at = 0, fail_at
-
-    def forward(self, layout, *wanted):
-        self.num_forwards += 1
-        if self.num_forwards == self.fail_at:
-            raise KeyboardInterrupt
-        return super().forward(layout, *wanted)
 
 
 def test_values_are_those_of_the_model(tmp_path):
@@ -150,7 +137,9 @@ def test_the_namespace_follows_the_attention_kernel(monkeypatch):
         model = tiny_model()
         model.set_attn_implementation(attention)
         return namespace_key(
-            namespace_fields(PolicyModel(model), precision="fp32", layout="shared_prefix")
+            namespace_fields(
+                PolicyModel(model), precision="fp32", layout="shared_prefix", device="cpu"
+            )
         )
 
     spaces = {space(name) for name in REGISTERED.values()}
@@ -164,7 +153,7 @@ def test_the_namespace_follows_the_attention_kernel(monkeypatch):
 def test_the_namespace_follows_content_not_names():
     def space(model, precision="fp32", layout="concatenated"):
         return namespace_key(
-            namespace_fields(PolicyModel(model), precision=precision, layout=layout)
+            namespace_fields(PolicyModel(model), precision=precision, layout=layout, device="cpu")
         )
 
     base = space(tiny_model())

@@ -9,35 +9,20 @@ import torch
 
 from preftune.batching.layout import Layout
 from preftune.errors import CacheError, ModelError
-from preftune.model.forward import PolicyModel
 from preftune.reference.build import ShardSize, reference_logps
 from preftune.reference.copies import copy_to_file_systems
 from preftune.reference.store import ReferenceStore
 from tests.examples import make_examples
+from tests.policies import CountingModel
 from tests.ranks import on_ranks
-from tests.tiny import tiny_model
 
 EXAMPLES = make_examples(30)
 NUM_ANSWERS = 60
 
 
-class Counting(PolicyModel):
-    """Counts forwards; can fail at one."""
-
-    def __init__(self, fail_at: int | None = None):
-        super().__init__(tiny_model())
-        self.num_forwards, self.fail_at = 0, fail_at
-
-    def forward(self, layout, *wanted):
-        self.num_forwards += 1
-        if self.num_forwards == self.fail_at:
-            raise ModelError("no luck")
-        return super().forward(layout, *wanted)
-
-
 def passes(root, number, *, models=None, examples=EXAMPLES, said=None, forwards_together=False):
     """What each of `number` ranks gets of one pass; `root` may differ by rank."""
-    models = models or [Counting() for _ in range(number)]
+    models = models or [CountingModel() for _ in range(number)]
     roots = root if isinstance(root, list) else [root] * number
 
     def work(ranks):
@@ -69,7 +54,7 @@ def files(root: Path) -> dict[str, bytes]:
 def straight(tmp_path_factory):
     """Files and sums of one rank's pass, and its forwards."""
     root = tmp_path_factory.mktemp("straight")
-    model = Counting()
+    model = CountingModel()
     (values,) = passes(root, 1, models=[model])
     assert values.num_computed == NUM_ANSWERS
     assert len(files(root)) > 5
@@ -79,7 +64,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("number", [2, 3, 5])
 def test_several_ranks_write_the_bytes_of_one(tmp_path, straight, number):
     expected, sums, num_forwards = straight
-    models = [Counting() for _ in range(number)]
+    models = [CountingModel() for _ in range(number)]
     outcomes = passes(tmp_path, number, models=models)
     assert files(tmp_path) == expected
     for values in outcomes:
@@ -88,7 +73,7 @@ def test_several_ranks_write_the_bytes_of_one(tmp_path, straight, number):
     # Every rank makes as many forwards as the others: some engines wait in each for all ranks.
     (each,) = {model.num_forwards for model in models}
     assert num_forwards <= each * number < num_forwards + number * len(expected)
-    again = [Counting(fail_at=1) for _ in range(number)]
+    again = [CountingModel(fail_at=1, error=ModelError) for _ in range(number)]
     for values in passes(tmp_path, number, models=again):
         assert (values.num_computed, values.num_reused) == (0, NUM_ANSWERS)
         assert torch.equal(values.sums, sums)
@@ -99,7 +84,7 @@ def test_several_ranks_write_the_bytes_of_one(tmp_path, straight, number):
 def test_a_rank_that_fails_ends_all_and_the_next_pass_ends_in_the_same_bytes(
     tmp_path, straight, rank, fail_at
 ):
-    models = [Counting(fail_at if number == rank else None) for number in range(2)]
+    models = [CountingModel(fail_at if number == rank else None, ModelError) for number in range(2)]
     errors = passes(tmp_path, 2, models=models)
     assert {str(e) for e in errors} == {f"on rank {rank} of 2 (host host0): no luck"}
     assert len(files(tmp_path)) == (1 if fail_at == 1 else 3)  # the plan, and finished shards
@@ -109,7 +94,7 @@ def test_a_rank_that_fails_ends_all_and_the_next_pass_ends_in_the_same_bytes(
 
 def test_where_forwards_are_of_all_ranks_none_leaves_one_to_tell_the_others(tmp_path, straight):
     """It ends by itself, and with it those that wait for it."""
-    models = [Counting(), Counting(fail_at=2)]
+    models = [CountingModel(), CountingModel(fail_at=2, error=ModelError)]
     first, second = passes(tmp_path, 2, models=models, forwards_together=True)
     assert isinstance(first, threading.BrokenBarrierError)
     assert (type(second), str(second), second.rank) == (ModelError, "no luck", None)
