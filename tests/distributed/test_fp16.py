@@ -1,12 +1,14 @@
 """fp16 under every engine: see fp16_checks.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from preftune import ExperimentConfig, train
 from preftune.training import loss_scale
 from tests.distributed.fp16_checks import LOW, settings, start_low, trace
-from tests.distributed.test_sequence_parallel import launch
+from tests.launches import output_of
 
 pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
 pytestmark = pytest.mark.distributed
@@ -18,5 +20,5 @@ def test_every_engine_takes_the_steps_of_one_process(tmp_path, monkeypatch):
     start_low()
     torch.save(vars(trace(tmp_path / "references", 1)), tmp_path / "trace.pt")
     train(ExperimentConfig(**settings(tmp_path, tmp_path / "straight", 1)))
-    printed = launch(2, "fp16_checks.py", tmp_path)
+    printed = output_of(2, Path(__file__).with_name("fp16_checks.py"), tmp_path)
     assert printed.splitlines()[-1] == "all checks held"
