@@ -14,7 +14,7 @@ from preftune.config.model import ModelConfig, another_model
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
-from preftune.config.training import TrainingConfig
+from preftune.config.training import TrainingConfig, precision_problems
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,7 @@ class ExperimentConfig(
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other, or that nothing reads."""
         found = layout_problems(self.wanted_layout, self.attn_implementation)
+        found += precision_problems(self.dtype, self.mixed_precision)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))

@@ -185,7 +185,7 @@ def _train(
     )
 
     # ---------------------------------------------------------------- train
-    state = TrainState.at_start(engine, runtime.device, live_reference)
+    state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]
