@@ -70,12 +70,7 @@ class ExperimentConfig(
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
         found += self._sequence_problems()
         found += self._best_metric_problems()
-        if self.sync_reference and self.shards:
-            message = (
-                f"the live reference is a whole copy on each device, and {self.engine} cuts the "
-                "model over them: leave out zero_stage and fsdp"
-            )
-            found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
+        found += self._engine_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -92,6 +87,23 @@ class ExperimentConfig(
             for key, value in settings.items()
             if value is not None
         ]
+
+    def _engine_problems(self) -> list[Problem]:
+        """Of what engines cannot do with a state that they cut."""
+        found = []
+        if self.sync_reference and self.shards:
+            message = (
+                f"the live reference is a whole copy on each device, and {self.engine} cuts the "
+                "model over them: leave out zero_stage and fsdp"
+            )
+            found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
+        if self.optimizer == "sgd" and self.fsdp != "no":
+            message = (
+                f"fsdp is {self.fsdp!r}, and PyTorch's fused SGD cannot update weights that are "
+                "cut over devices: take adamw, or --zero_stage 3"
+            )
+            found.append(Problem("optimizer", "sgd", message, ("fsdp",)))
+        return found
 
     def _sequence_problems(self) -> list[Problem]:
         """Of what sharing rows out cannot do."""
