@@ -34,7 +34,8 @@ class APODown(RewardLoss):
 
     Deviates: no.
 
-    Settings: β 0.1, learning rate 2e-7 (the paper, section 5.2).
+    Settings: β 0.1, learning rate 2e-7 in the paper (section 5.2); β 1 here, which stops sooner: at
+    0.1 a hundred steps displace answers by 54 nats and rank fewer pairs right (docs/learning.md).
 
     Curves: the loss falls from 1; both rewards fall below 0 by intent, the rejected one first. At
     the reference the two terms of the chosen completion cancel.

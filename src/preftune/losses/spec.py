@@ -170,7 +170,7 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.APO_DOWN: LossSpec(
         "APODown",
         "anchored: both down, rejected more; for answers worse than the model's own",
-        {"beta": 0.1},
+        {"beta": 1.0},
     ),
     DPOLossType.DISCOPOP: LossSpec(
         "DiscoPOP",

@@ -99,7 +99,7 @@ def test_documented_defaults() -> None:
         "bco_pair": {"beta": 0.1},
         "sppo_hard": {"beta": 0.01},
         "apo_zero": {"beta": 0.1},
-        "apo_down": {"beta": 0.1},
+        "apo_down": {"beta": 1.0},
         "discopop": {"beta": 0.05, "discopop_tau": 0.05, **kl},
         "dpop": {"beta": 0.3, "dpop_lambda": 50.0},
         "orpo": {"beta": 0.1, "orpo_nll": "answer"},
