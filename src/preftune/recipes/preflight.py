@@ -19,6 +19,7 @@ from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, resolve_precision
 from preftune.errors import ConfigError, Findings
+from preftune.model.adapters import check_adapter, commit_of, skeleton
 from preftune.model.attention_shards import check_heads
 from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
@@ -96,6 +97,12 @@ def look_at_model(
         # A branch may move while the run is away: what it stood for at the start stays.
         known = None if start is None else start.model_commit
         pinned = replace(config, model_revision=known or model_commit(config))
+        if config.use_lora:
+            known = None if start is None else start.adapter_commit
+            pinned.adapter_revision = known or commit_of(pinned)
+            trusted = pinned.trust_remote_code
+            layers = skeleton(load_model_config(pinned), trust_remote_code=trusted)
+            check_adapter(pinned, layers)
         check_routers(config, load_model_config(pinned))
         check_sequence(config, load_model_config(pinned))
         tokenizer = prepare_tokenizer(pinned)
