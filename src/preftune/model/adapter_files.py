@@ -5,14 +5,17 @@
 """
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, safe_open, save_file
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -101,12 +104,12 @@ def read_config(folder: Path, name: str, key: str) -> LoraConfig:
         ModelError: it is of a kind that cannot be trained here.
     """
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        kind = json.loads((folder / CONFIG_FILE).read_text("utf-8")).get("peft_type")
+        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except Exception as error:  # whatever a library makes of a damaged or crafted file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{key} is {name!r}: {CONFIG_FILE} cannot be read ({reason})") from error
     if not isinstance(config, LoraConfig):
-        kind = str(config.peft_type).rpartition(".")[2]
         raise ModelError(f"{key} is {name!r}, whose peft_type is {kind}; give a LoRA adapter")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ModelError(
@@ -199,7 +202,7 @@ def write_adapter(
 
 def target_names(model: PreTrainedModel) -> list[str]:
     """The layers with adapters: by the ends of their names where those are of no other layer."""
-    names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     inside = tuple(f"{name}." for name in names)
     others = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     ends = sorted({name.rpartition(".")[2] for name in names})
@@ -219,7 +222,7 @@ def _beside_whole_base(
     into B, so that every kind of scaling comes out as 1.
     """
     whole = dict(numbers)
-    scales = {n: m.scaling[ADAPTER] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    scales = {n: m.scaling[ADAPTER] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, first in taken.items():
         layer, kind = name.removesuffix(".weight").rsplit(".", 1)
         now, scale = numbers[name].to(first.dtype), scales[layer]

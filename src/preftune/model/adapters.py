@@ -6,13 +6,15 @@ backbone, its head and its attention are found where they were.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -262,27 +264,45 @@ def _is_tied(key: str, name: str) -> ConfigError:
 def inject(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
     """Put adapter layers into a model; only they, and `modules_to_save`, will train.
 
+    Adapters are in fp32 whatever their base is in: small updates would be lost in bf16.
+
     Args:
         model: changed in place; on "meta" the adapter is there too, and has no numbers.
-        config: what to put where; may be changed.
+        config: what to put where; may be changed. What PiSSA does comes after, see `add_adapter`.
         seed: of the first numbers.
     """
     on_meta = next(model.parameters()).is_meta
     init = config.init_lora_weights
-    if on_meta and moves_base(init):
+    if moves_base(init):
         config.init_lora_weights = True
     if any(isinstance(module, Conv1D) for module in model.modules()):
         config.fan_in_fan_out = True  # PEFT's word for GPT-2's transposed weights
-    cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+    with _seeded(model, seed), warnings.catch_warnings():
         # Where a model has layers of both kinds, PEFT sets fan_in_fan_out layer by layer.
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-        torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
     config.init_lora_weights = init
+    for _, layer in adapted_layers(model):
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     if on_meta:
         nn.Module.to(model, "meta")
     model.eval()
+
+
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Draw from a seed, and leave the generators as they were."""
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's layers, by the names of those whose places they took."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
 def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
@@ -296,14 +316,16 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
         ModelError: it cannot be read, or does not fit.
     """
     config = peft_config(start.lora)
-    init, moves = config.init_lora_weights, moves_base(config.init_lora_weights)
-    if start.taken is not None and moves:
-        config.init_lora_weights = True  # the factors are known
     inject(model, config, seed=start.seed)
-    config.init_lora_weights = init
+    if next(model.parameters()).is_meta:
+        return Adapter(settings_of(model), {})
     taken: dict[str, Tensor] = {}
-    if moves and not next(model.parameters()).is_meta:
-        if start.taken is not None:
+    if moves_base(config.init_lora_weights):
+        if start.taken is None:
+            with _seeded(model, start.seed):
+                for _, layer in adapted_layers(model):
+                    layer.pissa_init(ADAPTER, config.init_lora_weights)
+        else:
             _take_again(model, start.taken)
         taken = {
             name: parameter.detach().cpu().clone()
@@ -311,7 +333,7 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
             if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
         }
     name = start.lora.adapter_name_or_path
-    if name is not None and not next(model.parameters()).is_meta:
+    if name is not None:
         folder = adapter_folder(name, start.lora.adapter_revision, _KEY)
         set_peft_model_state_dict(model, read_weights(folder), ADAPTER)
     return Adapter(settings_of(model), taken)
@@ -319,9 +341,9 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
 
 @torch.no_grad()
 def _take_again(model: PreTrainedModel, taken: Mapping[str, Tensor]) -> None:
-    """Take out of the base what a run's start took: PEFT's own product, to the same bits."""
+    """Take out of the base what a run's start took: as PEFT's `pissa_init`, to the same bits."""
     own = dict(model.named_parameters())
-    lacking = [name for name, value in taken.items() if shape_of(own, name) != value.shape]
+    lacking = [n for n, value in taken.items() if n not in own or own[n].shape != value.shape]
     if lacking:
         raise ModelError(
             f"the checkpoint's adapter began with other layers than this model has "
@@ -329,20 +351,12 @@ def _take_again(model: PreTrainedModel, taken: Mapping[str, Tensor]) -> None:
         )
     for name, value in taken.items():
         own[name].copy_(value)
-    for name, layer in model.named_modules():
-        if f"{name}.lora_A.{ADAPTER}.weight" not in taken:
-            continue
-        module: Any = layer
-        weight, a, b = module.get_base_layer().weight, module.lora_A, module.lora_B
-        turned = weight.float().T if module.fan_in_fan_out else weight.float()
-        rest = turned - module.scaling[ADAPTER] * b[ADAPTER].weight @ a[ADAPTER].weight
+    for _, layer in adapted_layers(model):
+        weight, a, b = layer.get_base_layer().weight, layer.lora_A, layer.lora_B
+        turned = weight.float().T if layer.fan_in_fan_out else weight.float()
+        rest = turned - layer.scaling[ADAPTER] * b[ADAPTER].weight @ a[ADAPTER].weight
         rest = rest.to(weight.dtype)
-        weight.data = rest.T if module.fan_in_fan_out else rest
-
-
-def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    """The shape of one of some tensors; None of one that is not there."""
-    return tensors[name].shape if name in tensors else None
+        weight.data = rest.T if layer.fan_in_fan_out else rest
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
