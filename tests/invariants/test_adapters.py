@@ -71,7 +71,7 @@ def test_it_starts_from_the_sft_model_and_is_measured_against_it(tmp_path, kind,
     expected = plain_sums(base_and_adapter(tmp_path / "model", adapter), data)
     assert logps(first) == pytest.approx(expected, abs=1e-4)
     bare = plain_sums(tiny_model(), data)
-    assert all(abs(bare[side] - expected[side]) > 0.1 for side in bare)
+    assert all(abs(bare[side] - expected[side]) > 0.02 for side in bare)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 

@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: found, refused where they cannot be right, read and written.
 
-    adapter_config.json           what the adapter is, and the base it belongs to
-    adapter_model.safetensors     its numbers
+adapter_config.json           what the adapter is, and the base it belongs to
+adapter_model.safetensors     its numbers
 """
 
 import copy

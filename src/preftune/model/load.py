@@ -124,9 +124,9 @@ def _check_weight_files(folder: Path, key: str, name: str) -> None:
 def _is_an_adapter(key: str, name: str) -> ModelError:
     # transformers would load it with its base, or, where it cannot, the bare base alone.
     return ModelError(
-        f"{key} is {name!r}, an adapter (it has an adapter_config.json); to go on training it, give "
-        "its base here, --use_lora true and --adapter_name_or_path; else merge the two (preftune "
-        "merge) and give that folder"
+        f"{key} is {name!r}, an adapter (it has an adapter_config.json); to train it on, give its "
+        "base here, and the adapter with --use_lora true --adapter_name_or_path; otherwise merge "
+        "the two (preftune merge), and give that folder"
     )
 
 

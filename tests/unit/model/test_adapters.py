@@ -52,9 +52,7 @@ def test_as_many_parameters_as_pefts_own_model_has(name):
     assert type(own) is type(make_model(name))
 
 
-@pytest.mark.parametrize(
-    ("shapes", "number"), [(LLAMA_2_7B, 39_976_960), (LLAMA_3_8B, 41_943_040)]
-)
+@pytest.mark.parametrize(("shapes", "number"), [(LLAMA_2_7B, 39_976_960), (LLAMA_3_8B, 41_943_040)])
 def test_the_counts_of_well_known_sizes_by_hand(shapes, number):
     """r x (d_in + d_out) a matrix, r = 16, seven projections of 32 layers; on no device."""
     layers = {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 128}
@@ -206,7 +204,9 @@ def test_an_adapter_of_another_base_is_refused(folder):
 
 def test_an_adapter_with_other_layers_than_it_says_is_refused(folder):
     weights = load_file(folder / "adapter_model.safetensors")
-    save_file({k: v for k, v in weights.items() if ".1." not in k}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if ".1." not in k}, folder / "adapter_model.safetensors"
+    )
     with pytest.raises(ModelError, match=r"absent in it and \(4, 32\) here \(4 such\)"):
         check(folder)
 
