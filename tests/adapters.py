@@ -30,7 +30,7 @@ def sft_adapter(folder: Path, *, converted: bool = False, **settings: Any) -> Pa
             if parameter.requires_grad:
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
     where = {"path_initial_model_for_weight_conversion": folder / "initial"} if converted else {}
-    model.save_pretrained(folder, **where)
+    model.save_pretrained(folder, save_embedding_layers=False, **where)
     return folder
 
 

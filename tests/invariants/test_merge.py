@@ -35,7 +35,7 @@ def test_the_merged_model_says_what_base_and_adapter_say(tmp_path, capsys, kind)
     tiny_model_folder(tmp_path / "model")
     sft_adapter(tmp_path / "adapter", **KINDS[kind])
     assert merged(tmp_path) == 0
-    assert capsys.readouterr().out.startswith(f"written: {tmp_path / 'new'} (float32); logits of 4")
+    assert f"written: {tmp_path / 'new'} (float32); logits of 4 probe" in capsys.readouterr().out
     expected = base_and_adapter(tmp_path / "model", tmp_path / "adapter")(IDS).logits
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-4)
@@ -52,7 +52,7 @@ def test_in_another_dtype_it_says_how_far_that_is(tmp_path, capsys):
     assert merged(tmp_path, "--save_dtype", "bfloat16") == 0
     said = capsys.readouterr().out
     exact, rounded = (float(said.split(mark)[0].split()[-1]) for mark in (" of the", " as written"))
-    assert exact < 1e-5 < 1e-4 < rounded < 0.1
+    assert exact < 2e-4 < 1e-3 < rounded < 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
     assert model.dtype == torch.bfloat16
 
@@ -65,11 +65,11 @@ def test_a_merge_that_says_something_else_writes_nothing(tmp_path, capsys, monke
     def wrong(model):
         whole(model)
         with torch.no_grad():
-            model.lm_head.weight *= 1.001
+            model.lm_head.weight *= 1.01
 
     monkeypatch.setattr(recipe, "_merge_layers", wrong)
     assert merged(tmp_path) == 2
-    assert "by 0.001 of the largest, and 0.0001 is allowed; nothing was" in capsys.readouterr().err
+    assert "by 0.01 of the largest, and 0.001 is allowed; nothing was" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if "new" in p.name] == []
 
 

@@ -33,8 +33,8 @@ from preftune.model.load import (
 from preftune.training.run_folder import check_writable
 
 PROBES, PROBE_TOKENS = 4, 64
-TOLERANCE = 1e-4
-"""Largest difference of logits, of their largest size; in fp32 it is a few 1e-6."""
+TOLERANCE = 1e-3
+"""Largest difference of logits, of their largest size; rounding in fp32 makes some 1e-6 to 1e-4."""
 
 
 def merge(config: MergeConfig) -> str:
