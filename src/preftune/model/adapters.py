@@ -193,6 +193,11 @@ def _check_whole_layers(model: PreTrainedModel, wanted: list[str] | None) -> Non
 
 def _check_rank(config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
     for name, module in targets.items():
+        if isinstance(module, nn.Embedding):
+            raise ConfigError(
+                f"init_lora_weights is {config.init_lora_weights!r}, and lora_target_modules names "
+                f"{name}, an embedding, which cannot begin so; leave it out"
+            )
         smallest = min(module.weight.shape)  # pyright: ignore
         if config.r > smallest:
             raise ConfigError(
@@ -327,27 +332,37 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
                     layer.pissa_init(ADAPTER, config.init_lora_weights)
         else:
             _take_again(model, start.taken)
-        taken = {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in model.named_parameters()
-            if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
-        }
+        taken = {name: factor.detach().cpu().clone() for name, factor in _factors(model).items()}
     name = start.lora.adapter_name_or_path
     if name is not None:
+        _check_shapes(start.lora, model)
         folder = adapter_folder(name, start.lora.adapter_revision, _KEY)
         set_peft_model_state_dict(model, read_weights(folder), ADAPTER)
     return Adapter(settings_of(model), taken)
 
 
+def _factors(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of every layer, by the names of the parameters."""
+    return {
+        f"{name}.{kind}.{ADAPTER}.weight": getattr(layer, kind)[ADAPTER].weight
+        for name, layer in adapted_layers(model)
+        for kind in ("lora_A", "lora_B")
+    }
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    """The shape of one of several tensors; None where it is none of them."""
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
 @torch.no_grad()
 def _take_again(model: PreTrainedModel, taken: Mapping[str, Tensor]) -> None:
     """Take out of the base what a run's start took: as PEFT's `pissa_init`, to the same bits."""
-    own = dict(model.named_parameters())
-    lacking = [n for n, value in taken.items() if n not in own or own[n].shape != value.shape]
-    if lacking:
+    own = _factors(model)
+    if other := [n for n in {**own, **taken} if _shape(own, n) != _shape(taken, n)]:
         raise ModelError(
-            f"the checkpoint's adapter began with other layers than this model has "
-            f"({lacking[0]}); give the model and the adapter that the run was started with"
+            f"the checkpoint's adapter began with other layers than this model has ({other[0]}); "
+            "give the model and the adapter that the run was started with"
         )
     for name, value in taken.items():
         own[name].copy_(value)

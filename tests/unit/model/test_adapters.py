@@ -11,13 +11,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from preftune.batching.layout import build_layout
 from preftune.config.lora import LoRAConfig
 from preftune.errors import ConfigError, ModelError
 from preftune.model.adapter_files import ADAPTER, target_names
 from preftune.model.adapters import StartAdapter, add_adapter, check_adapter, inject, peft_config
 from preftune.model.adapters import skeleton as skeleton_of
+from preftune.model.forward import PolicyModel, pair_logps
+from tests.examples import make_examples
 from tests.tiny import tiny_model
-from tests.unit.model.test_forward import ARCHITECTURES, make_model
+from tests.unit.model.test_forward import ARCHITECTURES, make_model, plain_logps
 
 # PEFT's own wrapper asks transformers in a way that is about to go.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -134,6 +137,10 @@ def test_what_pissa_takes_out_of_the_base_is_taken_again_to_the_same_bits(kind, 
         ({"lora_target_modules": ".*embed_tokens"}, r"names model.embed_tokens, whose weight is"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save names lm_head, whose weight is"),
         ({"modules_to_save": ["lm_hed"]}, r"'lm_hed'.*did you mean lm_head"),
+        (
+            {"init_lora_weights": "pissa", "lora_target_modules": ["embed_tokens"]},
+            r"whose weight is",
+        ),
         ({"init_lora_weights": "pissa", "lora_r": 17}, r"lora_r is 17, and .* has 16; lower"),
     ],
 )
@@ -232,3 +239,36 @@ def test_on_no_device_an_adapter_has_shapes_and_no_numbers():
     model = skeleton_of(tiny_model().config, trust_remote_code=False)
     inject(model, peft_config(lora(init_lora_weights="pissa", use_dora=True)), seed=0)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_an_embedding_has_no_singular_directions_to_give():
+    model = skeleton_of(tiny_model().config, trust_remote_code=False)
+    with pytest.raises(ConfigError, match=r"names model.embed_tokens, an embedding, which"):
+        check_adapter(lora(init_lora_weights="pissa", lora_target_modules=["embed_tokens"]), model)
+
+
+def test_what_was_taken_from_other_layers_is_refused():
+    settings = lora(init_lora_weights="pissa", lora_r=4)
+    taken = add_adapter(tiny_model(), StartAdapter(settings, seed=0)).taken
+    name = next(iter(taken))
+    for other in (taken | {name: taken[name][:2]}, {k: taken[k] for k in taken if k != name}):
+        with pytest.raises(ModelError, match=f"began with other layers .*{name}"):
+            add_adapter(tiny_model(), StartAdapter(settings, seed=0, taken=other))
+
+
+def test_a_head_that_trains_whole_is_applied_in_chunks():
+    """Its logits are never whole, as without an adapter."""
+    model = tiny_model()
+    add_adapter(model, StartAdapter(lora(modules_to_save=["lm_head"]), seed=0))
+    policy = PolicyModel(model)
+    calls: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    examples = make_examples(3)
+    result = pair_logps(policy, build_layout(examples, "concatenated"))
+    expected = plain_logps(model, examples[0].prompt_ids, examples[0].completions[0].ids)
+    assert calls == [1]  # by the plain forward alone
+    assert torch.allclose(result.per_token[0].double(), expected, atol=2e-5)
+    result.sums.sum().backward()
+    trained = model.get_parameter(f"lm_head.modules_to_save.{ADAPTER}.weight")
+    assert trained.grad is not None
+    assert trained.grad.abs().max() > 0
