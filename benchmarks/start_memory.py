@@ -2,8 +2,8 @@
 
     python benchmarks/start_memory.py --layers 24
 
-A random Llama in fp32 on the CPU, loaded from a folder as `preftune train` does it. The memory is what
-a process held at most, less what it held before: on CPUs the device's and the host's are one.
+A random Llama in fp32 on the CPU, loaded from a folder as `preftune train` does it. The memory is
+what a process held at most, less what it held before: on CPUs the device's and the host's are one.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure(name: str, folder: str) -> None:
     runtime = Runtime("fp32", seed=0)
     engines = DistributedConfig(**ENGINES[name])
     if engines.zero_stage is not None:
-        import deepspeed  # noqa: F401  # its own memory is not the model's
+        import deepspeed  # noqa: F401, TID251  # its own memory is not the model's
     before = resident("VmRSS")
     config = ModelConfig(model_name_or_path=folder)
     start = StartModel.load(config, runtime, is_cut=engines.shards_weights)

@@ -12,8 +12,6 @@ from tests.runs import arguments, tiny_settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-COMMAND = "import sys; from preftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
-"""Code that is the command `preftune`."""
 
 
 def torchrun(
@@ -52,11 +50,6 @@ def output_of(num_processes: int, *words: object) -> str:
     return result.stdout
 
 
-def train_on_two_ranks(settings: dict[str, Any]) -> None:
-    """`preftune train` with these options, by two processes."""
-    output_of(2, "-c", COMMAND, "train", *arguments(settings))
-
-
 def start(
     command: Sequence[str], settings: dict[str, Any], before: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
@@ -68,7 +61,7 @@ def start(
         before: what runs it.
     """
     return subprocess.Popen(
-        [*before, sys.executable, *command, "--", "train", *arguments(settings)],
+        [*before, sys.executable, *command, "train", *arguments(settings)],
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,7 +83,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, s
 
 def launched(words: Sequence[str], settings: dict[str, Any]) -> tuple[int, str]:
     """The exit code of `preftune launch`, and what it said."""
-    return finish(start(["-m", "preftune", "launch", *words], settings))
+    return finish(start(["-m", "preftune", "launch", *words, "--"], settings))
 
 
 def settings_of(root: Path, name: str, **options: Any) -> dict[str, Any]:

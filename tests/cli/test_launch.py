@@ -1,5 +1,6 @@
 """The command line of `preftune launch`: what runs, and mistakes told before anything does."""
 
+import os
 import sys
 
 import pytest
@@ -10,6 +11,9 @@ from preftune.launch import environment
 TRAIN = ["train", "--model_name_or_path", "m", "--dataset_name", "d e.jsonl"]
 HYBRID = ["--fsdp", "hybrid_shard", "--fsdp_shard_size", "2"]
 HOSTS = ["hosts", "--num_processes", "2", "--hosts", "a", "b", "--host_rank", "0"]
+
+
+NO_GRADIENTS = {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +108,14 @@ def test_options_may_stand_in_a_file(capsys, tmp_path):
     path.write_text("num_processes: 2\nmax_restarts: -1\n")
     assert main(["launch", "local", str(path), "--", *TRAIN]) == 2
     assert f"{path} line 2: max_restarts is -1; it must be 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [[], ["launch", "local", "--num_processes", "2", "--"]])
+def test_what_accelerate_chooses_and_preftune_has_not_ends_both(capsys, monkeypatch, before):
+    for name, value in NO_GRADIENTS.items():
+        monkeypatch.setenv(name, value)
+    assert main([*before, *TRAIN]) == 2
+    said = capsys.readouterr().err
+    assert "FSDP_SHARDING_STRATEGY is SHARD_GRAD_OP (from Accelerate's configuration)" in said
+    # Processes that are launched inherit them; one that trains keeps others from acting on them.
+    assert ("ACCELERATE_USE_FSDP" in os.environ) == bool(before)

@@ -394,6 +394,7 @@ MISTAKES = {
         attn_implementation="varlen", concatenated_forward="true"
     ),
     "bf16 products on a GPU without them": Mistake({"mixed_precision": "bf16"}, device=OLD_GPU),
+    "fp16 products of bf16 weights": given(mixed_precision="fp16", dtype="bfloat16"),
     "bf16 weights on a GPU without bf16": Mistake({"dtype": "bfloat16"}, device=OLD_GPU),
     # ---- folders
     "a foreign output_dir": Mistake(files={"run/thesis.tex": "years of work"}),

@@ -22,9 +22,10 @@ def runs(root: Path, cases: Mapping[str, Mapping[str, Any]], to: str, **changes:
     base = {"num_epochs": None, "max_train_steps": 4, "eval_dataset": held_out, "eval_steps": 4}
     listed = []
     for name, case in cases.items():
-        own = base | {"output_dir": root / to / name, "cache_dir": root / f"cache-{to}"} | case
+        own = base | {"output_dir": root / to / name, "cache_dir": root / f"cache-{to}"}
         if not case.get("sync_reference") and case.get("loss_type") != "orpo":
             own["reference_model_name_or_path"] = root / "other"
+        own |= case
         if "model_name_or_path" in case:
             own["model_name_or_path"] = root / str(case["model_name_or_path"])
         listed.append(tiny_settings(root, **own | changes))

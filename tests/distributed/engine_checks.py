@@ -1,7 +1,4 @@
-"""Run by torchrun: what engines hold on each rank, and whether mistakes would be seen.
-
-torchrun --nproc_per_node 2 engine_checks.py
-"""
+"""Run by train_all.py: what engines hold on each rank, and whether mistakes would be seen."""
 
 import tempfile
 from collections.abc import Callable
@@ -15,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from preftune.config.distributed import DistributedConfig
 from preftune.distributed import zero
 from preftune.distributed.engine import Engine
-from preftune.distributed.runtime import Runtime, leave_process_group
+from preftune.distributed.runtime import Runtime
 from preftune.objective import PairObjective
 from tests.invariants.harness import Trace, short_training
 from tests.tiny import tiny_model
@@ -154,8 +151,3 @@ def main() -> None:
         assert numbers(trace(name, make_objective=MeanOfMeans)) != close(expected), name
     if Runtime("fp32", 0).is_main:
         print("all checks held")
-    leave_process_group()
-
-
-if __name__ == "__main__":
-    main()

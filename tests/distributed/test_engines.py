@@ -34,9 +34,9 @@ SHAPES = {
 BASE = {"max_train_samples": 17, "max_train_steps": 10, "eval_steps": 5, "checkpointing_steps": 5}
 
 
-def launched(root: Path, listed: list[Any], num_processes: int = 2) -> None:
+def launched(root: Path, listed: list[Any], *script: Path, num_processes: int = 2) -> str:
     (root / "list.json").write_text(json.dumps(listed))
-    output_of(num_processes, TRAIN_ALL, root / "list.json")
+    return output_of(num_processes, TRAIN_ALL, root / "list.json", *script)
 
 
 def cases(shape: str) -> dict[str, dict[str, Any]]:
@@ -47,22 +47,34 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "model.safetensors")
 
 
-def test_every_engine_takes_the_steps_of_one_process_and_any_goes_on(tmp_path):
-    """Ten steps of 8, 8 and 1 pairs from a policy that is not the reference; other engines."""
+OTHERS = {"ddp": "zero3", "fsdp": "zero1", "hybrid": "ddp", "zero2": "fsdp", "zero3": "fsdp"}
+"""What an engine's checkpoint goes on under."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Ten steps of 8, 8 and 1 pairs in one/, many/ and on/; and what was printed."""
+    root = tmp_path_factory.mktemp("engines")
     alone = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    (settings,) = runs(tmp_path, {"run": {**BASE, **alone}}, "one")
+    (settings,) = runs(root, {"run": {**BASE, **alone}}, "one")
     train(ExperimentConfig(**settings))
-    one = tmp_path / "one" / "run"
     many = cases("4x1") | cases("1x4")
-    listed = runs(tmp_path, {name: {**BASE, **case} for name, case in many.items()}, "many")
-    others = {"ddp": "zero3", "fsdp": "zero1", "hybrid": "ddp", "zero2": "fsdp", "zero3": "fsdp"}
-    goes_on = {f"{a}-then-{b}": {**BASE, **cases("4x1")[f"{b}-4x1"]} for a, b in others.items()}
-    resumed = runs(tmp_path, goes_on, "on")
-    for settings, source in zip(resumed, others, strict=True):
-        settings["cut"] = [str(tmp_path / "many" / f"{source}-4x1"), 5]
-    launched(tmp_path, listed + resumed)
+    listed = runs(root, {name: {**BASE, **case} for name, case in many.items()}, "many")
+    goes_on = {f"{a}-then-{b}": {**BASE, **cases("4x1")[f"{b}-4x1"]} for a, b in OTHERS.items()}
+    resumed = runs(root, goes_on, "on")
+    for settings, source in zip(resumed, OTHERS, strict=True):
+        settings["cut"] = [str(root / "many" / f"{source}-4x1"), 5]
+    return root, launched(root, listed + resumed, TRAIN_ALL.with_name("engine_checks.py"))
+
+
+def test_every_engine_takes_the_steps_of_one_process_and_any_goes_on(trained):
+    """From a policy that is not the reference, with evaluation."""
+    root, _ = trained
+    one = root / "one" / "run"
     expected = final_weights(one)
-    for run in [*(tmp_path / "many").iterdir(), *(tmp_path / "on").iterdir()]:
+    found = [*(root / "many").iterdir(), *(root / "on").iterdir()]
+    assert len(found) == len(ENGINES) * len(SHAPES) + len(OTHERS)
+    for run in found:
         check_equal(one, run)
         assert len(read_metrics(run)) == 10, run
         weights = final_weights(run)
@@ -72,16 +84,24 @@ def test_every_engine_takes_the_steps_of_one_process_and_any_goes_on(tmp_path):
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5, msg=str(run))
 
 
+def test_what_each_rank_holds_and_that_mistakes_are_seen(trained):
+    """LoRA, shard sizes, gradients twice as large, means of means: see engine_checks.py."""
+    _, printed = trained
+    assert printed.splitlines()[-1] == "all checks held"
+
+
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path):
-    alone: Mapping[str, Any] = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    """The reference is the policy's own start, which the engine has cut by then."""
+    base: Mapping[str, Any] = BASE | {"reference_model_name_or_path": None}
+    alone = {**base, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     single = {
-        "plain": {**BASE, **alone},
-        "fsdp": {**BASE, **alone, "fsdp": "full_shard"},
-        "zero3": {**BASE, **alone, "zero_stage": 3},
+        "plain": alone,
+        "fsdp": {**alone, "fsdp": "full_shard"},
+        "zero3": {**alone, "zero_stage": 3},
     }
     launched(tmp_path, runs(tmp_path, single, "one"), num_processes=1)
-    pair = {name: {**BASE, **SHAPES["4x1"], **ENGINES[name]} for name in ("fsdp", "zero3", "zero1")}
+    pair = {name: {**base, **SHAPES["4x1"], **ENGINES[name]} for name in ("fsdp", "zero3", "zero1")}
     stopped = runs(tmp_path, pair, "two")
     onwards = runs(tmp_path, pair, "onwards")
     for settings, source in zip(onwards, single, strict=True):
@@ -95,9 +115,3 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path):
     for folder in ("one", "two", "onwards", "back"):
         for run in (tmp_path / folder).iterdir():
             check_equal(straight, run)
-
-
-def test_what_each_rank_holds_and_that_mistakes_are_seen():
-    """LoRA, shard sizes, gradients twice as large, means of means: see engine_checks.py."""
-    printed = output_of(2, TRAIN_ALL.with_name("engine_checks.py"))
-    assert printed.splitlines()[-1] == "all checks held"

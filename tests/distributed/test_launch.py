@@ -24,7 +24,7 @@ def test_ranks_killed_in_the_reference_pass_a_step_and_a_save(tmp_path):
     assert code == 0, said
     marks = tmp_path / "marks"
     marks.mkdir()
-    code, said = finish(start([LAUNCHING, str(marks), *TWO], settings_of(tmp_path, "killed")))
+    code, said = finish(start([LAUNCHING, str(marks), *TWO, "--"], settings_of(tmp_path, "killed")))
     assert code == 0, said
     starts = sorted(float(line) for line in (marks / "starts").read_text().splitlines())
     for name in ("reference", "step", "save"):
@@ -58,7 +58,7 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
 
 def test_a_signal_to_the_launcher_saves_on_all_ranks(tmp_path):
     process = start(
-        ["-m", "preftune", "launch", *TWO], settings_of(tmp_path, "run", num_epochs=300.0)
+        ["-m", "preftune", "launch", *TWO, "--"], settings_of(tmp_path, "run", num_epochs=300.0)
     )
     checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120

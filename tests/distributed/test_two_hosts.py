@@ -54,7 +54,7 @@ def network():
 def launch(names, settings):
     """The launchers of both hosts."""
     words = ["-m", "preftune", "launch", "hosts", "--hosts", *HOSTS, "--num_processes", "1"]
-    words += ["--silence_seconds", "6", "--join_seconds", "8", "--end_seconds", "10"]
+    words += ["--silence_seconds", "6", "--join_seconds", "8", "--end_seconds", "10", "--"]
     # The address of each tells it which of the hosts it is.
     return [start(words, settings, before=("ip", "netns", "exec", name)) for name in names]
 

@@ -66,13 +66,23 @@ def with_dropout(root: Path) -> list[dict[str, Any]]:
     return [straight, stopped | {"cut": [straight["output_dir"], 2]}]
 
 
+def with_a_bad_row(root: Path, to: str, size: int) -> dict[str, Any]:
+    """A run whose row 3 weighs so much that its gradient exceeds fp32, in steps 2 and 4."""
+    rows = make_pairs(21, seed=0)
+    rows[3]["weight"] = 1e300
+    options: dict[str, Any] = {"gradient_accumulation_steps": 1, "on_nonfinite": "skip_batch"}
+    options |= {"per_device_train_batch_size": size, "output_dir": root / to / "a bad row"}
+    return tiny_settings(root, dataset_name=write_jsonl(root / "bad.jsonl", rows), **options)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Holds one/ and two/ with a run a case, and dropout/."""
     root = tmp_path_factory.mktemp("two-ranks")
-    for settings in listed(root, "one", 8):
+    for settings in [*listed(root, "one", 8), with_a_bad_row(root, "one", 8)]:
         train(ExperimentConfig(**settings))
-    (root / "list.json").write_text(json.dumps(listed(root, "two", 4) + with_dropout(root)))
+    two = [*listed(root, "two", 4), *with_dropout(root), with_a_bad_row(root, "two", 4)]
+    (root / "list.json").write_text(json.dumps(two))
     output_of(2, TRAIN_ALL, root / "list.json")
     return root
 
@@ -80,6 +90,17 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(root, name):
     check_equal(root / "one" / name, root / "two" / name)
+
+
+def test_two_ranks_skip_the_same_batch(root):
+    """The bad row is on one rank only; both leave the update out."""
+    one, two = (root / name / "a bad row" for name in ("one", "two"))
+    skipped = [json.loads((run / "run.json").read_text())["skipped_batches"] for run in (one, two)]
+    assert skipped[0] == skipped[1]
+    for expected, got in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert ("loss" in expected) == ("loss" in got) == (expected["step"] not in (2, 4))
+        if "loss" in expected:
+            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(root):

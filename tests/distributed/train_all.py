@@ -1,13 +1,14 @@
 """Run by torchrun: one training after the other, so that processes start once.
 
-    torchrun --nproc_per_node 2 train_all.py LIST.json
+    torchrun --nproc_per_node 2 train_all.py LIST.json [SCRIPT]
 
 The list holds settings of runs. Where they have `cut`, a path and a step, the run's folder is made
-from that run, as if it had been killed after that step.
+from that run, as if it had been killed after that step. Then comes a script, if there is one.
 """
 
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def main() -> None:
         if cut is not None:
             make_cut(settings, *cut)
         train(ExperimentConfig(**settings))
+    if len(sys.argv) > 2:
+        runpy.run_path(sys.argv[2])["main"]()
     leave_process_group()
 
 

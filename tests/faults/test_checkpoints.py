@@ -134,11 +134,11 @@ def test_times_do_not_choose_the_checkpoint(straight, killed):
 
 
 KILLED = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from preftune.cli.main import main
+from preftune.distributed import runtime  # as all that a run imports: children have it by then
+from preftune.recipes import dpo
 from preftune.training import checkpoint
-
-instant = sys.argv[1]
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -156,45 +156,60 @@ def prune(path, **options):
         kill()
     rmtree(path, **options)
 
+def run(instant, words):
+    if instant == "writing":
+        checkpoint.write_tensors = half
+    elif instant == "renaming":
+        put = checkpoint._put_in_place
+        checkpoint._put_in_place = lambda a, b: kill() if b.name.endswith("4") else put(a, b)
+    else:
+        shutil.rmtree = prune
+    os._exit(main(["train", *words]))
+
 write_tensors, rmtree = checkpoint.write_tensors, shutil.rmtree
-if instant == "writing":
-    checkpoint.write_tensors = half
-elif instant == "renaming":
-    put = checkpoint._put_in_place
-    checkpoint._put_in_place = lambda a, b: kill() if b.name.endswith("4") else put(a, b)
-else:
-    shutil.rmtree = prune
-sys.exit(main(sys.argv[2:]))
+for instant, words in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if not child:
+        run(instant, words)
+    print(os.waitpid(child, 0)[1])
 """
+LEFT = {
+    "writing": [".partial-step-00000004", "step-00000002"],
+    "renaming": [".partial-step-00000004", "step-00000002"],
+    "pruning": [".deleted-step-00000002", "step-00000004"],
+}
+KEEP_ONE = {"keep_last_n_checkpoints": 1}
 
 
-@pytest.mark.parametrize(
-    ("instant", "left"),
-    [
-        ("writing", [".partial-step-00000004", "step-00000002"]),
-        ("renaming", [".partial-step-00000004", "step-00000002"]),
-        ("pruning", [".deleted-step-00000002", "step-00000004"]),
-    ],
-)
-def test_a_kill_inside_a_save_leaves_only_whole_checkpoints(straight, tmp_path, instant, left):
-    """kill -9 of a real process, half-way; then the same command goes on to the same end."""
-    (tmp_path / "killed.py").write_text(KILLED)
-    options = {"output_dir": tmp_path / "run", "keep_last_n_checkpoints": 1}
-    words = arguments(settings_of(straight, **options))
+@pytest.fixture(scope="module")
+def killed_in_a_save(straight, tmp_path_factory) -> Path:
+    """Runs by the instant of their kill -9, each in a child of one process that ran no model."""
+    root = tmp_path_factory.mktemp("killed")
+    words = {
+        instant: arguments(settings_of(straight, output_dir=root / instant, **KEEP_ONE))
+        for instant in LEFT
+    }
     result = subprocess.run(
-        [sys.executable, str(tmp_path / "killed.py"), instant, "train", *words],
+        [sys.executable, "-c", KILLED, json.dumps(words)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == left
-    train(settings(straight, **options))
+    assert result.stdout.splitlines()[-3:] == [str(int(signal.SIGKILL))] * 3, result.stderr
+    return root
+
+
+@pytest.mark.parametrize("instant", LEFT)
+def test_a_kill_inside_a_save_leaves_only_whole_checkpoints(straight, killed_in_a_save, instant):
+    """Half-way; then the same command goes on to the same end."""
+    run = killed_in_a_save / instant
+    checkpoints = run / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == LEFT[instant]
+    train(settings(straight, output_dir=run, **KEEP_ONE))
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000006"]
-    assert read_metrics(tmp_path / "run") == read_metrics(straight / "run")
-    assert same_files(tmp_path / "run" / "final", straight / "run" / "final")
+    assert read_metrics(run) == read_metrics(straight / "run")
+    assert same_files(run / "final", straight / "run" / "final")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from preftune import train
 from preftune.cli.main import main
 from preftune.errors import CacheError, ConfigError, TrainingDiverged
-from tests.launches import train_on_two_ranks
 from tests.runs import arguments, read_metrics, tiny_config, tiny_settings
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -203,25 +202,6 @@ def test_a_run_stopped_between_two_skipped_batches_goes_on_to_the_same_bits(
         )
         final = "final/model.safetensors"
         assert_equal(load_file(target / final), load_file(tmp_path / "run" / final))
-
-
-def test_two_ranks_skip_the_same_batch(tmp_path):
-    """The bad row is on one rank only; both leave the update out."""
-    settings = tiny_settings(tmp_path, dataset_name=overflowing(tmp_path), **SKIP)
-    train_on_two_ranks(
-        settings | {"gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "two")}
-    )
-    train(tiny_config(tmp_path, **settings))
-    assert (
-        manifest_of(tmp_path / "two")["skipped_batches"]
-        == (manifest_of(tmp_path / "run")["skipped_batches"])
-    )
-    for one, two in zip(
-        read_metrics(tmp_path / "run"), read_metrics(tmp_path / "two"), strict=True
-    ):
-        assert ("loss" in one) == ("loss" in two) == (one["step"] not in (2, 4))
-        if "loss" in one:
-            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
 def test_a_limit_without_skipping_is_refused(tmp_path):

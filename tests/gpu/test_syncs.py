@@ -24,14 +24,18 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("max_skipped", [0, 3], ids=["stop", "skip_batch"])
-def test_a_step_waits_for_nothing(max_skipped):
-    runtime = Runtime("bf16", seed=0)
+@pytest.mark.parametrize(
+    ("max_skipped", "precision"),
+    [(0, "bf16"), (3, "bf16"), (0, "fp16")],
+    ids=["stop", "skip_batch", "fp16"],
+)
+def test_a_step_waits_for_nothing(max_skipped, precision):
+    runtime = Runtime(precision, seed=0)
     policy = PolicyModel(tiny_model().to(runtime.device))
     layout = choose_layout(policy, "shared_prefix", "auto", 200).name
     make = partial(make_optimizer, config=TrainingConfig())
     engine = runtime.spread(policy, make, DistributedConfig(), max_grad_norm=1.0)
-    state = TrainState.at_start(engine, runtime.device)
+    state = TrainState.at_start(engine, runtime.device, precision=precision)
     examples = make_examples(8)
     reference = torch.zeros(8, 2, dtype=torch.float64, device=runtime.device)
     batcher = RowBatcher(examples, reference, layout, runtime.device)

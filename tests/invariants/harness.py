@@ -1,7 +1,8 @@
 """A short training on random pairs through the real step, sampler, batcher and optimizer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from preftune.batching.micro_batches import MicroBatching, RowSizes
 from preftune.batching.sampler import PairSampler
 from preftune.config.distributed import DistributedConfig
 from preftune.config.training import TrainingConfig
-from preftune.distributed.runtime import Runtime
+from preftune.distributed.runtime import Precision, Runtime
 from preftune.losses import DPOLossType, make_loss
 from preftune.model.forward import PolicyModel
 from preftune.objective import PairObjective
@@ -36,6 +37,8 @@ class Trace:
     weights: torch.Tensor
     moved: float
     """Largest change of a weight."""
+    scales: list[float] = field(default_factory=list)
+    """Of the loss, after each step; empty but for fp16."""
 
 
 def short_training(
@@ -53,13 +56,18 @@ def short_training(
     make_runtime: Callable[..., Runtime] = Runtime,
     make_model: Callable[[], Any] = tiny_model,
     engines: DistributedConfig | None = None,
+    precision: Precision = "fp32",
+    max_grad_norm: float | None = None,
+    adam_epsilon: float | None = None,
+    weights: Mapping[int, float] | None = None,
 ) -> Trace:
     """Train a tiny Llama from a perturbed policy and record every step.
 
     The reference is the unperturbed model, so the loss is not at its constant and its gradient not
-    at its symmetric point, where many mistakes cancel.
+    at its symmetric point, where many mistakes cancel. Steps that are left out have no loss: inf.
+    `weights` of rows are 1 where not given.
     """
-    runtime = make_runtime("fp32", 0)
+    runtime = make_runtime(precision, 0)
     examples = make_examples(num_pairs, seed=5)
     policy = PolicyModel(make_model())
     reference = reference_logps(
@@ -79,15 +87,20 @@ def short_training(
         learning_rate=learning_rate,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
+        adam_epsilon=adam_epsilon,
     )
     engine = runtime.spread(
         policy,
         partial(make_optimizer, config=config),
         engines or DistributedConfig(),
-        max_grad_norm=None,
+        max_grad_norm=max_grad_norm,
     )
-    state = TrainState.at_start(engine, runtime.device)
-    batcher = RowBatcher(examples, reference, Layout("concatenated"), runtime.device)
+    state = TrainState.at_start(engine, runtime.device, precision=precision)
+    columns = {}
+    if weights is not None:
+        of_row = [weights.get(row, 1.0) for row in range(num_pairs)]
+        columns["weight"] = torch.tensor(of_row, dtype=torch.float64, device=runtime.device)
+    batcher = RowBatcher(examples, reference, Layout("concatenated"), runtime.device, columns)
     objective = make_objective(make_loss(DPOLossType(loss_type)))
     rank, ranks = runtime.rank, runtime.world_size
     sampler = PairSampler(num_pairs, micro_batch * accumulation * ranks, seed=3)
@@ -106,8 +119,10 @@ def short_training(
         )
         means = state.window.means(runtime.all_reduce)
         state.window.clear()
-        trace.losses.append(means["loss"])
-        trace.grad_norms.append(means["grad_norm"])
+        trace.losses.append(means.get("loss", math.inf))
+        trace.grad_norms.append(means.get("grad_norm", math.inf))
+        if state.loss_scale is not None:
+            trace.scales.append(float(state.loss_scale.value))
     trace.weights = torch.cat([engine.whole(p).flatten() for p in policy.parameters()])
     trace.moved = float((trace.weights - start).abs().max())
     return trace

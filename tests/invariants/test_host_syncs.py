@@ -19,8 +19,9 @@ from tests.syncs import syncs_of_a_run
         {"max_tokens_per_microbatch": 96, "gradient_checkpointing": True},
         {"sync_reference": True, "reference_sync_steps": 3},
         {"on_nonfinite": "skip_batch", "loss_type": "bco"},
+        {"mixed_precision": "fp16"},
     ],
-    ids=["dpo", "wpo", "simpo-sgd", "aot", "beta_dpo", "budget-checkpointing", "sync", "skip"],
+    ids=["dpo", "wpo", "simpo-sgd", "aot", "beta_dpo", "checkpointing", "sync", "skip", "fp16"],
 )
 def test_steps_that_do_not_log_wait_for_nothing(tmp_path, settings):
     settings = settings | {"num_epochs": None, "logging_steps": 100, "warmup_ratio": 0.0}

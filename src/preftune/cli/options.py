@@ -1,9 +1,11 @@
 """What the commands share: reading options, and `--help`."""
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
+from preftune.config.accelerate import take_from_accelerate
 from preftune.config.composed import ComposedConfig
 from preftune.config.help import config_help
 from preftune.config.parser import parse_config
@@ -45,11 +47,16 @@ def options_or_help(
     if wants_help(argv):
         print(config_help(cls, usage, description), end="")
         return None
+    # Before anything that would act on the variables itself.
+    launcher = take_from_accelerate(os.environ) if for_ranks else None
     try:
-        return parse_config(cls, argv, allow_file=allow_file)
+        config = parse_config(cls, argv, allow_file=allow_file, launcher=launcher)
     except ConfigError as error:
         if for_ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from preftune.distributed.runtime import tell_peers
 
             tell_peers(error)
         raise
+    if launcher is not None and str(launcher) and os.environ.get("RANK", "0") == "0":
+        print(f"preftune: {launcher}", file=sys.stderr, flush=True)
+    return config

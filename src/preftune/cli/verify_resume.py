@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: the words after `verify-resume`.
     """
-    config = options_or_help(VerifyResumeConfig, argv, USAGE, WHAT)
+    config = options_or_help(VerifyResumeConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
         from preftune.distributed.runtime import leave_process_group
         from preftune.recipes.verify_resume import verify_resume

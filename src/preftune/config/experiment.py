@@ -15,7 +15,7 @@ from preftune.config.model import ModelConfig, another_model
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
-from preftune.config.training import TrainingConfig
+from preftune.config.training import TrainingConfig, precision_problems
 
 
 @dataclass(kw_only=True)
@@ -66,18 +66,14 @@ class ExperimentConfig(
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other, or that nothing reads."""
         found = layout_problems(self.wanted_layout, self.attn_implementation)
+        found += precision_problems(self.dtype, self.mixed_precision)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
         found += self._sequence_problems()
         found += self._best_metric_problems()
         found += self._adapter_problems()
-        if self.sync_reference and self.shards:
-            message = (
-                f"the live reference is a whole copy on each device, and {self.engine} cuts the "
-                "model over them: leave out zero_stage and fsdp"
-            )
-            found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
+        found += self._engine_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -94,6 +90,23 @@ class ExperimentConfig(
             for key, value in settings.items()
             if value is not None
         ]
+
+    def _engine_problems(self) -> list[Problem]:
+        """Of what engines cannot do with a state that they cut."""
+        found = []
+        if self.sync_reference and self.shards:
+            message = (
+                f"the live reference is a whole copy on each device, and {self.engine} cuts the "
+                "model over them: leave out zero_stage and fsdp"
+            )
+            found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
+        if self.optimizer == "sgd" and self.fsdp != "no":
+            message = (
+                f"fsdp is {self.fsdp!r}, and PyTorch's fused SGD cannot update weights that are "
+                "cut over devices: take adamw, or --zero_stage 3"
+            )
+            found.append(Problem("optimizer", "sgd", message, ("fsdp",)))
+        return found
 
     def _sequence_problems(self) -> list[Problem]:
         """Of what sharing rows out cannot do."""

@@ -1,6 +1,7 @@
 """A config file and a command line become a checked configuration, or all their mistakes at once.
 
-The command line wins over the file, the file over a preset, a preset over the defaults.
+The command line wins over the file, the file over a preset, a preset over the defaults. What
+Accelerate's configuration says must not contradict any of them but the defaults.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar, get_origin
 from packaging.version import InvalidVersion, Version
 
 from preftune import __version__
+from preftune.config.accelerate import FromAccelerate, Taken
 from preftune.config.commandline import split_words
 from preftune.config.composed import VERSION_KEY, ComposedConfig
 from preftune.config.preset import PRESET_KEY, preset_entries
@@ -35,17 +37,22 @@ class Given:
     line: int = 0
     preset: str | None = None
     """The preset; the user gave its name only."""
+    launcher: str | None = None
+    """The setting of the launcher that stands for it."""
 
     @property
     def place(self) -> str:
         """Where, in words."""
+        if self.launcher is not None:
+            return self.launcher
         if self.preset is not None:
             return f"preset {self.preset}"
         return "command line" if self.file is None else f"{self.file} line {self.line}"
 
     def name_of(self, key: str) -> str:
         """An option as it is written there."""
-        return f"--{key}" if self.file is None and self.preset is None else key
+        elsewhere = (self.file, self.preset, self.launcher)
+        return f"--{key}" if elsewhere == (None, None, None) else key
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,20 @@ class Parsed(Generic[_C]):
         return {k: v for k, v in values.items() if v is not None and k not in given}
 
 
-def parse_config(cls: type[_C], argv: Sequence[str], *, allow_file: bool = True) -> _C:
+def parse_config(
+    cls: type[_C],
+    argv: Sequence[str],
+    *,
+    allow_file: bool = True,
+    launcher: FromAccelerate | None = None,
+) -> _C:
     """Read `[CONFIG.yaml] [--key value | --key=value ...]`.
 
     Args:
         cls: the configuration to make.
         argv: the words after the command.
         allow_file: whether a config file may be among them.
+        launcher: what the launcher of the processes says of their options.
 
     Returns:
         The checked configuration.
@@ -77,16 +91,23 @@ def parse_config(cls: type[_C], argv: Sequence[str], *, allow_file: bool = True)
     Raises:
         ConfigError: with every mistake found, each with its place.
     """
-    return parse_with_places(cls, argv, allow_file=allow_file).config
+    return parse_with_places(cls, argv, allow_file=allow_file, launcher=launcher).config
 
 
-def parse_with_places(cls: type[_C], argv: Sequence[str], *, allow_file: bool = True) -> Parsed[_C]:
+def parse_with_places(
+    cls: type[_C],
+    argv: Sequence[str],
+    *,
+    allow_file: bool = True,
+    launcher: FromAccelerate | None = None,
+) -> Parsed[_C]:
     """As `parse_config`, and say where each value came from.
 
     Args:
         cls: the configuration to make.
         argv: the words after the command.
         allow_file: whether a config file may be among them.
+        launcher: what the launcher of the processes says of their options.
 
     Raises:
         ConfigError: with every mistake found, each with its place.
@@ -105,6 +126,8 @@ def parse_with_places(cls: type[_C], argv: Sequence[str], *, allow_file: bool = 
     given |= from_line
     without_preset = _add_preset(given)
     problems += more + without_preset
+    if launcher is not None:
+        problems += launcher.problems + _add_taken(reader, given, launcher.taken)
     try:
         config = cls(**{key: found.value for key, found in given.items()})
     except InvalidConfig as error:
@@ -163,6 +186,28 @@ def _add_preset(given: dict[str, Given]) -> list[str]:
     for entry in entries:
         given[entry.key] = Given(entry.value, preset=str(found.value))
     return []
+
+
+def _add_taken(reader: TypedReader, given: dict[str, Given], taken: Sequence[Taken]) -> list[str]:
+    """Add what the launcher says; what contradicts it is told."""
+    problems = []
+    for item in taken:
+        if item.key not in reader.kinds:
+            continue  # not of this command
+        found = given.get(item.key)
+        if found is None or found.value in (None, "auto"):
+            given[item.key] = Given(item.value, launcher=item.place)
+            continue
+        try:
+            values = [reader.read(item.key, value) for value in (found.value, item.value)]
+        except ValueError:
+            continue  # told where the types are checked
+        if values[0] != values[1]:
+            problems.append(
+                f"{found.place}: {found.name_of(item.key)} is {shown(values[0])}, and {item.place} "
+                f"in Accelerate's configuration, which stands for {shown(values[1])}; keep one"
+            )
+    return problems
 
 
 def _read_options(

@@ -9,7 +9,7 @@ from preftune.config.logging import Progress
 from preftune.config.model import ModelConfig
 from preftune.config.problem import Problem, count
 from preftune.config.section import Section
-from preftune.config.training import MixedPrecision
+from preftune.config.training import MixedPrecision, precision_problems
 
 DEFAULT_BETA = 0.1
 """Scale of implicit rewards where none is given: that of the dpo loss."""
@@ -44,8 +44,8 @@ class ScoringConfig(Section):
     alone. Unset: only the number of pairs bounds a forward."""
 
     mixed_precision: MixedPrecision = "auto"
-    """How products are computed. auto: bf16 where the device has it in hardware, else fp32; "no"
-    is another word for fp32."""
+    """How products are computed. auto: bf16 where the device has it in hardware; else fp16 on GPUs
+    and fp32 on CPUs; "no" is another word for fp32."""
 
     forward_layout: ForwardLayout = "auto"
     """How pairs go through the model. shared_prefix: one packed row without padding, each prompt
@@ -101,6 +101,7 @@ class ScoreConfig(ComposedConfig, ScoringConfig, ModelConfig, PairsConfig):
         """Settings that contradict each other, or that only training reads."""
         message = "scoring trains nothing, so it has no effect: leave it out"
         found = layout_problems(self.forward_layout, self.attn_implementation)
+        found += precision_problems(self.dtype, self.mixed_precision)
         if self.gradient_checkpointing:
             found.append(Problem("gradient_checkpointing", True, message))
         if not self.disable_dropout:

@@ -7,7 +7,7 @@ from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
 from preftune.config.typed import AlsoSpelled
 
-MixedPrecision = Annotated[Literal["auto", "fp32", "bf16"], AlsoSpelled(no="fp32")]
+MixedPrecision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], AlsoSpelled(no="fp32")]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -91,8 +91,11 @@ class TrainingConfig(Section):
     """Gradients longer than this (L2 over all parameters) are scaled to it; 0 or null is off."""
 
     mixed_precision: MixedPrecision = "auto"
-    """How products are computed. auto: bf16 where the device has it in hardware, else fp32; "no"
-    is another word for fp32."""
+    """How products are computed. auto: bf16 where the device has it in hardware; else fp16 on GPUs
+    and fp32 on CPUs; "no" is another word for fp32. fp16 reaches to 65,504 only, so the loss is
+    scaled before its backward and gradients are scaled back before `max_grad_norm`: by 65,536 at
+    first, twice as much after 2,000 good steps, half as much where a gradient overflows. Such a
+    step is left out. Weights stay float32 (`dtype`)."""
 
     shuffle: bool = True
     """Take the pairs in a new random order each epoch. false: in the order of the dataset."""
@@ -139,6 +142,20 @@ class TrainingConfig(Section):
             *count("gradient_accumulation_steps", self.gradient_accumulation_steps),
             *_batch_problems(self),
         ]
+
+
+def precision_problems(dtype: str, mixed_precision: str) -> list[Problem]:
+    """Of weights and products that do not go together.
+
+    Args:
+        dtype: of the weights.
+        mixed_precision: how products are computed.
+    """
+    if mixed_precision != "fp16" or dtype == "float32":
+        return []
+    message = f"the weights are {dtype}, and fp16 needs float32 ones: set dtype to float32, or "
+    message += "this to bf16"
+    return [Problem("mixed_precision", mixed_precision, message, ("dtype",))]
 
 
 def _both(key: str, value: float, other: str) -> Problem:

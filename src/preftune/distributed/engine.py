@@ -1,7 +1,7 @@
 """What spreads a model over the ranks, and updates it: the same steps by whichever engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +31,9 @@ class Engine(ABC):
     """To be called; gradients go through it."""
     optimizer: Any
     """Holds `param_groups` and, by parameter, `state`."""
+    loss_scale: Tensor | None = None
+    """On the device, of this step: `backward` multiplies by it, and norms and updates are those of
+    the gradients without it. None: 1."""
 
     @abstractmethod
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
@@ -52,6 +55,12 @@ class Engine(ABC):
         Returns:
             Their global L2 norm before that; not finite where one of them is not.
         """
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale
+
+    def _unscaled(self, norm: Tensor) -> Tensor:
+        return norm if self.loss_scale is None else norm / self.loss_scale
 
     @abstractmethod
     def update(self, *, skip: Tensor) -> None:
@@ -142,20 +151,26 @@ class TorchEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradients."""
-        loss.backward()
+        self._scaled(loss).backward()
 
     def clip_gradients(self) -> Tensor:
         """Scale long gradients; their norm before that."""
-        return nn.utils.clip_grad_norm_(self._parameters(), self._max_norm)
+        parameters = self._parameters()
+        norm = self._unscaled(self._norm(parameters))
+        nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        return norm
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return gradient_norm(parameters)
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights, unless the flag is set; the host never waits for the flag.
 
-        Fused optimizers read `found_inf` on the device and leave weights, moments and step count
-        alone when it is set.
+        Fused optimizers read both on the device: they leave weights, moments and step count alone
+        when `found_inf` is set, and divide gradients by `grad_scale`.
         """
         self.optimizer.found_inf = skip
-        self.optimizer.grad_scale = None
+        self.optimizer.grad_scale = self.loss_scale
         self.optimizer.step()
         self.drop_gradients()
 
@@ -194,8 +209,13 @@ class TorchEngine(Engine):
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _parameters(self) -> Iterable[nn.Parameter]:
+    def _parameters(self) -> Sequence[nn.Parameter]:
         return list(self.model.parameters())
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """L2 norm of their gradients."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _rank() -> int:

@@ -1,6 +1,7 @@
 """PyTorch's FSDP2: weights, gradients and optimizer state cut over the ranks."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ class FSDPEngine(TorchEngine):
     model: Any
     is_sharded = True
 
-    def clip_gradients(self) -> Tensor:
-        """Scale long gradients; their norm before that, over all ranks."""
-        norm = super().clip_gradients()
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Over all ranks."""
+        norm = super()._norm(parameters)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def rest(self) -> None:
@@ -48,7 +49,11 @@ class FSDPEngine(TorchEngine):
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights, unless the flag is set."""
-        super().update(skip=skip.to(next(self.model.parameters()).device))
+        device = next(self.model.parameters()).device
+        if self.loss_scale is not None:
+            # The optimizer would not wait for a copy to the host.
+            self.loss_scale = self.loss_scale.to(device)
+        super().update(skip=skip.to(device))
 
 
 def cut_by_layers(
@@ -68,7 +73,8 @@ def cut_by_layers(
         config: how to cut; over all ranks where it names no `fsdp`.
         delivery: brings the weights.
         compute_dtype: of gathered weights and of activations; None: as the weights are kept.
-            Gradients are added over ranks in fp32.
+            Gradients are added over ranks in fp32. Of float16, which ends at 65,504, only the
+            layers' weights and products are: the model's forward has autocast.
         device: of this rank.
         world_size: ranks of all hosts.
         host_size: ranks of this host.
@@ -79,10 +85,13 @@ def cut_by_layers(
     layers = repeated_layers(model)
     check_layers_apart(model, layers)
     mesh = make_mesh(config, device, world_size, host_size)
+    is_narrow = compute_dtype == torch.float16
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": config.fsdp_reshard_after_forward is not False,
-        "mp_policy": MixedPrecisionPolicy(compute_dtype, torch.float32),
+        "mp_policy": MixedPrecisionPolicy(
+            compute_dtype, torch.float32, cast_forward_inputs=not is_narrow
+        ),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
         if config.fsdp_offload_params
         else OffloadPolicy(),
@@ -92,7 +101,10 @@ def cut_by_layers(
         fully_shard(layer, **options)
     delivery.bring(model)
     # Its weights are wanted again at once: the head's, at the start of the backward.
-    fully_shard(model, **{**options, "reshard_after_forward": False})
+    options["reshard_after_forward"] = False
+    if is_narrow:  # embeddings are what the first layer is given
+        options["mp_policy"] = MixedPrecisionPolicy(None, torch.float32)
+    fully_shard(model, **options)
 
 
 def check_layers_apart(model: nn.Module, layers: list[nn.Module]) -> None:

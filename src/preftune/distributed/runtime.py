@@ -29,17 +29,26 @@ from preftune.errors import ConfigError, PreftuneError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
-Precision: TypeAlias = Literal["fp32", "bf16"]
-AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+AUTOCAST: dict[Precision, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 """Type that products are computed in, where it is not the weights'."""
 T = TypeVar("T")
 
 
-def resolve_precision(choice: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """bf16 products where the device has them in hardware, else fp32; a choice stays as it is."""
+def resolve_precision(choice: Literal["auto"] | Precision) -> Precision:
+    """bf16 products where the device has them in hardware; else fp16 on GPUs and fp32 on CPUs.
+
+    A choice stays as it is.
+    """
     if choice != "auto":
         return choice
-    return "bf16" if multiplies_bf16() else "fp32"
+    if multiplies_bf16():
+        return "bf16"
+    return "fp16" if torch.cuda.is_available() else "fp32"
 
 
 def multiplies_bf16() -> bool:
@@ -52,6 +61,14 @@ def multiplies_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+
+
+def multiplies_fp16() -> bool:
+    """Whether the device computes fp16 products in hardware, as all GPUs do."""
+    if torch.cuda.is_available():
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_fp16", False) or capabilities.get("amx_fp16", False))
 
 
 def is_main_process() -> bool:
@@ -103,13 +120,13 @@ class Runtime(Ranks):
         """
         self._timeout = timedelta(seconds=collective_seconds)
         self.precision: Precision = precision
-        # Accelerate keeps the first precision of a process for good; a Python session may well
-        # train twice, in two precisions. The process group stays.
+        # Accelerate keeps the first settings of a process for good; a Python session may well have
+        # used it before. The process group stays.
         AcceleratorState._reset_state(reset_partial_state=False)
         self._accelerator = Accelerator(
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="no",  # `_give_precision`: Accelerate has no fp16 on CPUs
             kwargs_handlers=[InitProcessGroupKwargs(timeout=self._timeout)],
         )
         # Accelerate would divide by a number from the environment; the step divides by itself.
@@ -211,6 +228,7 @@ class Runtime(Ranks):
             self._cut_by_layers(model, config)
             return FSDPEngine(config.engine, model, make_optimizer(model), max_grad_norm)
         optimizer = make_optimizer(model)
+        self._give_precision(model)
         wrapped = self._accelerator.prepare_model(model)
         return TorchEngine(config.engine, wrapped, optimizer, max_grad_norm)
 
@@ -228,6 +246,8 @@ class Runtime(Ranks):
 
     def _cut_by_layers(self, model: nn.Module, config: DistributedConfig) -> None:
         self._need_process_group()
+        if self.precision == "fp16":
+            self._give_precision(model)
         cut_by_layers(
             model,
             config,
@@ -256,15 +276,22 @@ class Runtime(Ranks):
 
     def prepare_for_inference(self, model: nn.Module) -> nn.Module:
         """Give a model the same precision as in training, without an optimizer or gradients."""
+        self._give_precision(model)
         # Where it lies is not Accelerate's to say: an engine may be about to cut it.
         return self._accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
+    def _give_precision(self, model: nn.Module) -> None:
+        """Let the model's forward compute its products in the precision of this run."""
+        dtype = AUTOCAST[self.precision]
+        if dtype is not None and "forward" not in vars(model):
+            model.forward = torch.autocast(self.device.type, dtype)(model.forward)
+
     def release(self, model: nn.Module) -> None:
         """Let go of a model that was prepared, so that its memory is free once nobody holds it."""
-        # Accelerate keeps a list of all it has prepared, and its wrapped forward is a cycle.
+        # Accelerate keeps a list of all it has prepared, and a wrapped forward is a cycle.
         models = self._accelerator._models
         models[:] = [kept for kept in models if kept is not model]
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        for name in ("forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from preftune.config.distributed import LARGEST_STAGE, DistributedConfig
 from preftune.distributed.delivery import Delivery, repeated_layers
-from preftune.distributed.engine import Engine, MakeOptimizer
+from preftune.distributed.engine import Engine, MakeOptimizer, gradient_norm
 from preftune.distributed.parts import Part, cut
 
 
@@ -88,21 +88,29 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradients."""
-        self.model.backward(loss, scale_wrt_gas=False)
+        self.model.backward(self._scaled(loss), scale_wrt_gas=False)
 
     def clip_gradients(self) -> Tensor:
         """The gradients' norm; from stage 1 on DeepSpeed clips them in its update."""
         if self._stage == 0:
-            return nn.utils.clip_grad_norm_(list(self.model.parameters()), self._max_norm)
+            parameters = list(self.model.parameters())
+            norm = self._unscaled(gradient_norm(parameters))
+            nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+            return norm
         norms = torch.stack(self._norms()).to(self.model.device)
         # DeepSpeed's word for a norm that is not finite is -1.
-        self._norm = torch.linalg.vector_norm(torch.where(norms < 0, float("inf"), norms))
+        norm = torch.linalg.vector_norm(torch.where(norms < 0, float("inf"), norms))
+        self._norm = self._unscaled(norm)
         return self._norm
 
     def update(self, *, skip: Tensor) -> None:
         """Update the weights and drop the gradients; one wait for the device."""
+        # DeepSpeed clips by the norm that it is given, and PyTorch's optimizer divides; it would
+        # not wait for a copy to the host.
+        scale = self.loss_scale
+        self._inner.grad_scale = None if scale is None else scale.to(self._flat[0].device)
         if self._stage == 0:
-            self.optimizer.found_inf, self.optimizer.grad_scale = skip, None
+            self.optimizer.found_inf = skip
         else:
             # DeepSpeed would compute the norm again, and leaves out an update whose norm is not
             # finite, after which its state is as after any other.

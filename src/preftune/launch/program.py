@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from preftune import __version__
+from preftune.config.accelerate import from_accelerate
 from preftune.config.composed import ComposedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.parser import parse_config
@@ -86,7 +88,8 @@ def parse_program(words: Sequence[str]) -> Program:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {', '.join(COMMANDS)}"
         raise ConfigError(f"after --: {name} is not a command that launch can run; {hint}")
-    return Program(tuple(words), parse_config(COMMANDS[name], rest))
+    launcher = from_accelerate(os.environ)  # which the processes inherit
+    return Program(tuple(words), parse_config(COMMANDS[name], rest, launcher=launcher))
 
 
 def check_world_size(program: Program, world_size: int) -> None:

@@ -117,7 +117,7 @@ def _train(
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
-    taken = runtime.together(lambda: taken_at_start(start.checkpoint))
+    taken = runtime.together(partial(taken_at_start, start.checkpoint))
     model = StartModel.load(
         pinned,
         runtime,
@@ -198,7 +198,7 @@ def _train(
     )
 
     # ---------------------------------------------------------------- train
-    state = TrainState.at_start(engine, runtime.device, live_reference)
+    state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state, batcher)
     trackers = [metrics_file, *run.trackers(state.step)]

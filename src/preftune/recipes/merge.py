@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,7 +74,8 @@ def merge(config: MergeConfig) -> str:
     dtype = saved_dtype(loaded, config.save_dtype)
     weights = {name: in_dtype(t, dtype) for name, t in named_weights(model).items()}
     _write(target, loaded, weights, tokenizer)
-    rounded = _difference(_logits(model.to(dtype).float()), with_adapter)
+    nn.Module.to(nn.Module.to(model, dtype), torch.float32)
+    rounded = _difference(_logits(model), with_adapter)
     name = str(dtype).removeprefix("torch.")
     return (
         f"written: {target} ({name}); logits of {PROBES} probe rows, next to those of base and "
@@ -122,9 +124,8 @@ def _merge_layers(model: PreTrainedModel) -> None:
         layer.merge(adapter_names=[ADAPTER])
         model.set_submodule(name, layer.get_base_layer())
     for name, module in list(model.named_modules()):
-        if hasattr(module, "modules_to_save") and ADAPTER in module.modules_to_save:
-            whole: nn.Module = module.modules_to_save[ADAPTER]  # pyright: ignore
-            model.set_submodule(name, whole)
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[ADAPTER])
     del model.peft_config  # pyright: ignore
 
 

@@ -17,7 +17,7 @@ from preftune.config.paths import cache_root
 from preftune.config.training import MixedPrecision
 from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
-from preftune.distributed.runtime import multiplies_bf16, resolve_precision
+from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
 from preftune.errors import ConfigError, Findings
 from preftune.model.adapters import check_adapter, commit_of, peft_config, skeleton
 from preftune.model.attention_shards import check_heads
@@ -202,7 +202,7 @@ def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
     if has_cuda:
         problems += [
             f"{key} is {value!r}, and this GPU has no hardware for it; set --{key} {other}"
-            for key, value, other in _unsupported_bf16(model, mixed_precision)
+            for key, value, other in _unsupported(model, mixed_precision)
         ]
     if problems:
         raise ConfigError(problems)
@@ -222,7 +222,7 @@ def _attention_lacks(model: ModelConfig, mixed_precision: MixedPrecision) -> str
     if name == "flash_attention_2" and not any(find_spec(package) for package in packages):
         return "needs the package flash-attn, and it is not installed"
     if model.dtype == "float32" and resolve_precision(mixed_precision) == "fp32":
-        return "computes in bf16 only, and products are fp32 here (mixed_precision)"
+        return "computes in bf16 and fp16, and products are fp32 here (mixed_precision)"
     return None
 
 
@@ -233,15 +233,17 @@ def slow_settings(model: ModelConfig, mixed_precision: MixedPrecision) -> list[s
     return [
         f"{key} is {value!r}, which this CPU computes in software, far slower than fp32; "
         f"--{key} {other} is faster"
-        for key, value, other in _unsupported_bf16(model, mixed_precision)
+        for key, value, other in _unsupported(model, mixed_precision)
     ]
 
 
-def _unsupported_bf16(
-    model: ModelConfig, mixed_precision: MixedPrecision
-) -> list[tuple[str, str, str]]:
-    """The settings that ask for bf16 where the hardware has none: key, value, what works."""
-    if multiplies_bf16():
-        return []
-    settings = [("dtype", model.dtype, "float32"), ("mixed_precision", mixed_precision, "fp32")]
-    return [setting for setting in settings if setting[1] in ("bfloat16", "bf16")]
+def _unsupported(model: ModelConfig, mixed_precision: MixedPrecision) -> list[tuple[str, str, str]]:
+    """The settings that ask for a type that the hardware lacks: key, value, what works."""
+    lacked = set()
+    if not multiplies_bf16():
+        lacked |= {"bfloat16", "bf16"}
+    if not multiplies_fp16():
+        lacked.add("fp16")
+    products = "fp16" if multiplies_fp16() else "fp32"
+    settings = [("dtype", model.dtype, "float32"), ("mixed_precision", mixed_precision, products)]
+    return [setting for setting in settings if setting[1] in lacked]

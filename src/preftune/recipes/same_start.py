@@ -47,7 +47,7 @@ def agree_on_start(config: ComposedConfig, runtime: Runtime) -> None:
             "the type of device": runtime.device.type,
             "the precision that mixed_precision stands for": runtime.precision,
         },
-        "give all ranks the same kind of device, and --mixed_precision fp32 or bf16",
+        "give all ranks the same kind of device, and --mixed_precision fp32, bf16 or fp16",
     )
     options = redacted_values(config.to_dict())
     runtime.agree(

@@ -112,8 +112,8 @@ def check_step_zero(
         objective: the loss.
         batcher: pairs with their stored reference values, if the reference is not a live one.
         micro_batches: which pairs to compare, a forward each.
-        is_exact: whether weights and products are fp32; bf16 rounds by batch composition, so its
-            tolerance is wide.
+        is_exact: whether weights and products are fp32; others round by batch composition, so
+            their tolerance is wide.
         plain: what to hold policy and reference against; None: nothing.
         reference_is_start: whether the reference is the policy's own start. Of another model's
             values only that they are finite is checked.

@@ -18,8 +18,9 @@ def tolerance(lengths: Tensor, logps: Tensor, is_exact: bool) -> Tensor:
     Args:
         lengths: scored tokens of each answer, fp64.
         logps: their sums.
-        is_exact: whether weights and products are fp32; bf16 rounds by batch composition, unlikely
-            tokens more. SmolLM2 gives an answer of 3 tokens -30.53 or -30.03 nats (fp32: -30.30).
+        is_exact: whether weights and products are fp32; others round by batch composition, unlikely
+            tokens more. SmolLM2 gives an answer of 3 tokens -30.53 or -30.03 nats in bf16 (fp32:
+            -30.30).
     """
     if is_exact:
         return 1e-5 * lengths.sqrt() + 1e-6 * logps.abs()

@@ -42,7 +42,7 @@ def namespace_fields(
 
     Args:
         policy: the reference in eval mode: the policy before its first step.
-        precision: of the products, `fp32` or `bf16`.
+        precision: of the products, `fp32`, `bf16` or `fp16`.
         layout: name of the forward layout; another one may differ in the last bits.
         device: type of the one that computes.
     """

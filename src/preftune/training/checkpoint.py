@@ -129,6 +129,7 @@ def _document(state: TrainState, window: MetricState, extra: Mapping[str, Any]) 
         "running": None if state.running is None else state.running.tolist(),
         "window": window,
         "guards": state.guards.state(),
+        "loss_scale": None if state.loss_scale is None else state.loss_scale.state(),
         **extra,
     }
 

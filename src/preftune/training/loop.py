@@ -208,6 +208,9 @@ class TrainingLoop:
         self._warn(means)
         if self.config.allowed_skips:
             means["skipped_batches"] = len(self.state.guards.skipped_steps)
+        if self.state.loss_scale is not None:
+            scale = self.state.loss_scale.state()  # host sync
+            means |= {"loss_scale": scale["value"], "overflow_steps": scale["num_skipped"]}
         num_tokens = int(self.state.num_tokens)
         seconds = time.perf_counter() - self._window_began
         record = {
@@ -287,12 +290,15 @@ class TrainingLoop:
         already = ""
         if self.config.allowed_skips:
             already = f", after {self.config.allowed_skips} skipped ones (max_skipped_batches)"
+        remedy = "set max_grad_norm"
+        if self.state.loss_scale is not None:
+            remedy += " or mixed_precision bf16 or fp32, whose numbers reach further than fp16's"
         raise TrainingDiverged(
             f"the loss or gradient of step {bad_step} is not finite{already}; "
             f"{describe_fault(row_ids, losses)}. Its rows: {', '.join(row_ids)}. "
             "The state from before that step is saved in "
             f"checkpoints/step-{bad_step - 1:08d}; look at those rows, lower learning_rate "
-            f"({self.config.learning_rate:g}), or set max_grad_norm"
+            f"({self.config.learning_rate:g}), or {remedy}"
         )
 
     def row_ids(self, step: int) -> list[str]:

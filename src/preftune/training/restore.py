@@ -137,6 +137,8 @@ def _restore_counters(document: dict[str, Any], state: TrainState, *, is_main: b
     if document["running"] is not None:
         state.running = state.num_tokens.new_tensor(document["running"])
     state.guards.restore(document["guards"])
+    if state.loss_scale is not None:
+        state.loss_scale.restore(document["loss_scale"])
     state.num_skipped = torch.full_like(state.num_skipped, len(state.guards.skipped_steps))
     state.window.restore(document["window"], state.bad_step.device, is_main=is_main)
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from preftune.batching.batcher import MicroBatch
 from preftune.distributed.engine import Engine
-from preftune.distributed.runtime import Runtime
+from preftune.distributed.runtime import Precision, Runtime
 from preftune.metrics import MetricSums
 from preftune.objective import GlobalBatch, Objective, gathered
 from preftune.reference.live import LiveReference
 from preftune.training.guards import Guards
+from preftune.training.loss_scale import LossScale
 
 
 @dataclass
@@ -39,6 +40,8 @@ class TrainState:
     None for losses that keep nothing, and before the first step."""
     reference: LiveReference | None = None
     """The reference that follows the policy; None for one that stays."""
+    loss_scale: LossScale | None = None
+    """Of fp16 products; None for others."""
     guards: Guards = field(default_factory=Guards)
     """On the host: what was read of all this so far."""
 
@@ -48,6 +51,7 @@ class TrainState:
         engine: Engine,
         device: torch.device,
         reference: LiveReference | None = None,
+        precision: Precision = "fp32",
     ) -> "TrainState":
         """Before the first step."""
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -60,6 +64,7 @@ class TrainState:
             num_skipped=torch.zeros_like(bad_step),
             window=MetricSums(),
             reference=reference,
+            loss_scale=LossScale(device) if precision == "fp16" else None,
         )
 
     @property
@@ -67,19 +72,30 @@ class TrainState:
         """The policy, wrapped by the engine."""
         return self.engine.model
 
-    def judge(self, finite: Tensor, max_skipped: int) -> Tensor:
+    def judge(self, loss: Tensor, grad_norm: Tensor, max_skipped: int) -> Tensor:
         """Count a step that is not finite; on the device, whether its update is left out.
 
+        A gradient that overflows under a loss scale which can fall is the scale's fault: the step
+        is left out, and not counted. A loss has no scale.
+
         Args:
-            finite: device flag: the step's loss and gradient are.
+            loss: of the step, of all ranks.
+            grad_norm: the same, of its gradient.
             max_skipped: how many steps may be left out; the next one is the last.
         """
-        num_skipped = self.num_skipped + ~finite
-        is_last = (self.bad_step == 0) & (num_skipped > max_skipped) & ~finite
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        overflowed = torch.zeros_like(finite)
+        if self.loss_scale is not None:
+            overflowed = torch.isfinite(loss) & ~finite & self.loss_scale.can_fall
+        bad = ~finite & ~overflowed
+        num_skipped = self.num_skipped + bad
+        is_last = (self.bad_step == 0) & (num_skipped > max_skipped) & bad
         this_step = torch.full_like(self.bad_step, self.step + 1)
         self.bad_step = torch.where(is_last, this_step, self.bad_step)
         stopped = self.bad_step > 0
         self.num_skipped = torch.where(stopped, self.num_skipped, num_skipped)
+        if self.loss_scale is not None:
+            self.loss_scale.follow(good=finite & ~stopped, overflowed=overflowed & ~stopped)
         return stopped | ~finite
 
 
@@ -108,7 +124,9 @@ def train_step(
         max_skipped: batches of the run that are left out if their loss or gradient is not finite.
             A batch that is left out changes nothing but the counters.
     """
-    engine = state.engine
+    engine, scale = state.engine, state.loss_scale
+    # By `world_size`, see below: what fp16 holds of a row's gradient is the same on any number.
+    engine.loss_scale = None if scale is None else scale.value / runtime.world_size
     engine.model.train()
     batches = _global_batches(engine.model, micro_batches, objective, runtime, num_rows)
 
@@ -130,8 +148,7 @@ def train_step(
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, num_tokens)])
     global_loss, global_tokens = runtime.sum_shares(totals)
     grad_norm = engine.clip_gradients()
-    finite = torch.isfinite(grad_norm) & torch.isfinite(global_loss)
-    skip = state.judge(finite, max_skipped)
+    skip = state.judge(global_loss, grad_norm, max_skipped)
     engine.set_learning_rate(learning_rate)
     engine.update(skip=skip.float())
     if running is not None:
@@ -140,7 +157,8 @@ def train_step(
 
     metrics.add("grad_norm", grad_norm, 1)
     # Where nothing may be skipped, the run stops before it logs a bad step.
-    state.window.add_all(metrics, keep=~skip if max_skipped else None)
+    may_skip = max_skipped or scale is not None
+    state.window.add_all(metrics, keep=~skip if may_skip else None)
     state.window.add("learning_rate", learning_rate, 1)
     state.step += 1
     state.num_tokens = state.num_tokens + global_tokens

@@ -22,6 +22,7 @@ REFUSED = [
     ({"fsdp_offload_params": True}, "fsdp is 'no', so nothing reads it"),
     ({"fsdp_reshard_after_forward": True}, "fsdp is 'no', so nothing reads it"),
     ({"zero_stage": 1, "sync_reference": True}, "the live reference is a whole copy"),
+    ({"fsdp": "full_shard", "optimizer": "sgd"}, "PyTorch's fused SGD cannot update"),
 ]
 
 

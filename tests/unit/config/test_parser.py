@@ -289,7 +289,7 @@ MISTAKES = {
             "config.yaml line 2: betta is not an option; did you mean beta?",
             "command line: --los is not an option; did you mean --loss_type or --loss_weights?",
             "config.yaml line 1: learning_rate is 'abc'; it must be a finite number such as 5e-07",
-            "config.yaml line 3: mixed_precision is 'bf61'; it must be auto, fp32 or bf16",
+            "config.yaml line 3: mixed_precision is 'bf61'; it must be auto, fp32, bf16 or fp16",
             "command line: --seed is -1; it must be from 0 to 4294967295",
             "command line: --max_length is 0; it must be 2 or more",
         ],

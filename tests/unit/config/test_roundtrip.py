@@ -132,7 +132,7 @@ others = given_or_not(
     max_length=st.none() | st.integers(2, 10**9),
     checkpointing_steps=st.none() | st.just("epoch") | counts,
     keep_last_n_checkpoints=st.none() | counts,
-    mixed_precision=st.sampled_from(["auto", "fp32", "bf16", "no"]),
+    mixed_precision=st.sampled_from(["auto", "fp32", "bf16", "fp16", "no"]),
     concatenated_forward=st.none() | st.booleans(),
     progress=st.sampled_from(["auto", "rich", "plain", "none"]),
 )
