@@ -125,8 +125,6 @@ def _train(
         adapter=StartAdapter.of(pinned, config.seed, taken),
     )
     loaded = model.loaded
-    if loaded.adapter is not None:
-        display.say(f"adapters: {loaded.num_trainable} of {loaded.num_parameters} parameters train")
     examples = pairs.train.examples
     plain = runtime.decide(
         lambda: plain_scores(

@@ -45,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
 
 def model_card(
-    config: ExperimentConfig, manifest: Mapping[str, Any], *, is_adapter: bool = False
+    config: ExperimentConfig, manifest: Mapping[str, Any], is_adapter: bool = False
 ) -> str:
     """Markdown with the hub's metadata in front.
 

@@ -59,8 +59,7 @@ def write_model_folder(
             )
             tokenizer.save_pretrained(temporary)
         name = str(dtype).removeprefix("torch.")
-        is_adapter = loaded.adapter is not None
-        card = model_card(config, {**facts, "save_dtype": name}, is_adapter=is_adapter)
+        card = model_card(config, {**facts, "save_dtype": name}, loaded.adapter is not None)
         (temporary / "README.md").write_text(redacted(card), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
