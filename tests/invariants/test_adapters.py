@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preftune import train
 from preftune.cli.main import main
-from preftune.errors import CheckpointError
+from preftune.errors import CheckpointError, ConfigError
 from tests.adapters import base_and_adapter, plain_sums, sft_adapter
 from tests.runs import SHAPES, pretend_unfinished, read_metrics, read_state, tiny_config
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
@@ -131,6 +131,13 @@ def test_dropout_of_adapters_acts_in_training_and_nowhere_else(tmp_path):
     evaluated = [[x for x in lines if "eval/logps/chosen" in x] for lines in (still, dropped)]
     for other in evaluated[1]:
         assert logps(other, "eval/") == pytest.approx(logps(evaluated[0][0], "eval/"), abs=1e-4)
+
+
+def test_an_adapters_own_dropout_does_not_go_with_rows_that_are_shared_out(tmp_path):
+    options: dict[str, Any] = {"sequence_parallel_size": 2}
+    options["adapter_name_or_path"] = sft_adapter(tmp_path / "sft", lora_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"has a dropout of 0.1: .* set --lora_dropout 0"):
+        run(tmp_path, **options)
 
 
 @pytest.mark.parametrize("kind", ["plain", "pissa", "sft", "pissa-rslora-dora", "whole-head"])
