@@ -216,6 +216,42 @@ MISTAKES = {
         },
     ),
     "no steps between syncs": given(sync_reference="true", reference_sync_steps=0),
+    # ---- adapters
+    "settings of adapters without adapters": given(lora_alpha=32, use_dora="true"),
+    "an adapter to go on with, without adapters": given(adapter_name_or_path="./sft"),
+    "layers that the model has not": given(use_lora="true", lora_target_modules="[q_prj, v_proj]"),
+    "a layer that is not linear": given(use_lora="true", lora_target_modules="[self_attn]"),
+    "a name of a layer for a pattern": given(use_lora="true", lora_target_modules="q_proj"),
+    "a pattern that is none": given(use_lora="true", lora_target_modules="(q|v_proj"),
+    "a whole layer that the model has not": given(use_lora="true", modules_to_save="lm_hed"),
+    "adapters of no rank, with dropout of all": given(
+        use_lora="true", lora_r=0, lora_alpha=0, lora_dropout=1.0
+    ),
+    "an unknown start of adapters": given(use_lora="true", init_lora_weights="pisa"),
+    "singular directions that the model has not": given(
+        use_lora="true", init_lora_weights="pissa", lora_r=64
+    ),
+    "another task": given(use_lora="true", lora_task_type="SEQ_CLS"),
+    "a rank beside an adapter that has one": given(
+        use_lora="true", adapter_name_or_path="./sft", lora_r=8, lora_target_modules="all-linear"
+    ),
+    "an adapter that is not there": given(use_lora="true", adapter_name_or_path="./sft"),
+    "a model for an adapter": given(use_lora="true", adapter_name_or_path="./model"),
+    "a pickled adapter": Mistake(
+        {"use_lora": "true", "adapter_name_or_path": "sft"},
+        (),
+        {"sft/adapter_config.json": '{"peft_type": "LORA"}', "sft/adapter_model.bin": b"x"},
+    ),
+    "an adapter of another kind": Mistake(
+        {"use_lora": "true", "adapter_name_or_path": "sft"},
+        (),
+        {"sft/adapter_config.json": '{"peft_type": "IA3"}', "sft/adapter_model.safetensors": b"x"},
+    ),
+    "a revision of a new adapter": given(use_lora="true", adapter_revision="main"),
+    "adapters and a reference that follows": given(use_lora="true", sync_reference="true"),
+    "dropout of adapters in rows that are shared out": given(
+        use_lora="true", lora_dropout=0.1, sequence_parallel_size=2
+    ),
     "layouts that contradict": given(concatenated_forward="true", forward_layout="separate"),
     "a prompt longer than the whole": given(max_length=64, max_prompt_length=128),
     "use_cache with checkpointing": given(use_cache="true", gradient_checkpointing="true"),

@@ -10,6 +10,7 @@ from preftune.config.dpo import DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
+from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig, another_model
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
@@ -23,6 +24,7 @@ class ExperimentConfig(
     TrackingConfig,
     ModelConfig,
     DPOConfig,
+    LoRAConfig,
     TrainingConfig,
     DistributedConfig,
     GuardConfig,
@@ -70,6 +72,7 @@ class ExperimentConfig(
             found.append(Problem("data_seed", self.data_seed, message, ("shuffle",)))
         found += self._sequence_problems()
         found += self._best_metric_problems()
+        found += self._adapter_problems()
         found += self._engine_problems()
         if self.has_eval_data:
             return found
@@ -123,6 +126,26 @@ class ExperimentConfig(
             message = "disable_dropout is false, and processes draw the same random numbers, each "
             message += "for its part of a row: leave that out, or set this to 1"
             found.append(Problem(key, size, message, ("disable_dropout",)))
+        return found
+
+    def _adapter_problems(self) -> list[Problem]:
+        """Of what does not go with adapters."""
+        if not self.use_lora:
+            return []
+        found = []
+        if self.sync_reference:
+            message = (
+                "use_lora is true, and a mixture of two adapters' factors is not the mixture of "
+                "the two models: leave one of them out"
+            )
+            found.append(Problem("sync_reference", True, message, ("use_lora",)))
+        if self.sequence_parallel_size > 1 and self.lora_dropout:
+            message = (
+                "sequence_parallel_size is above 1, and processes draw the same random numbers, "
+                "each for its part of a row: set it to 0"
+            )
+            others = ("sequence_parallel_size",)
+            found.append(Problem("lora_dropout", self.lora_dropout, message, others))
         return found
 
     def _best_metric_problems(self) -> list[Problem]:

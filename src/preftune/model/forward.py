@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from preftune.batching.layout import Block, PairLayout
 from preftune.batching.shards import Shard
 from preftune.distributed.sequence import SequenceGroup
+from preftune.model.adapter_files import ADAPTER
 from preftune.model.load_balancing import Routing, experts_a_token, routing_of
 from preftune.model.logprob_head import (
     HeadTransform,
@@ -166,6 +167,7 @@ class PolicyModel(nn.Module):
             hidden = output[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
+            head = _the_one_that_trains(head)
         else:
             output = self.model(part.input_ids, **options)
             hidden = output.logits
@@ -228,3 +230,9 @@ def pair_logps(
         Sums, lengths and per-token values, in the layout's numbering of answers.
     """
     return model(layout, with_alignment, with_routing)
+
+
+def _the_one_that_trains(head: Any) -> nn.Module:
+    """The head itself, or, where PEFT keeps it beside one that trains, that one."""
+    copies = getattr(head, "modules_to_save", None)
+    return head if copies is None else copies[ADAPTER]

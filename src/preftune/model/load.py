@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,6 +25,9 @@ from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
 from preftune.model.probe import head_is_plain
 
+if TYPE_CHECKING:
+    from preftune.model.adapters import Adapter
+
 # Its bars for reading a local file would garble the one live view of a run.
 transformers_logging.disable_progress_bar()
 
@@ -42,11 +45,18 @@ class LoadedModel:
     """How the source stores its weights; GGUF counts as float32, the dtype it unpacks to."""
     zeroed_dropout: dict[str, float]
     """Config fields that `disable_dropout` set to 0, with the values to put back on saving."""
+    adapter: "Adapter | None" = None
+    """What trains in place of the weights; None: all weights train."""
 
     @property
     def num_parameters(self) -> int:
         """Parameters, tied ones once."""
         return sum(p.numel() for p in self.policy.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that training changes."""
+        return sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
 
 
 def check_model_files(name: str, key: str = "model_name_or_path") -> None:
@@ -114,9 +124,9 @@ def _check_weight_files(folder: Path, key: str, name: str) -> None:
 def _is_an_adapter(key: str, name: str) -> ModelError:
     # transformers would load it with its base, or, where it cannot, the bare base alone.
     return ModelError(
-        f"{key} is {name!r}, an adapter (it has an adapter_config.json), which preftune does not "
-        "start from yet; merge it into its base with peft's merge_and_unload(), save that, and "
-        "give its folder"
+        f"{key} is {name!r}, an adapter (it has an adapter_config.json); to train it on, give its "
+        "base here, and the adapter with --use_lora true --adapter_name_or_path; otherwise merge "
+        "the two (preftune merge), and give that folder"
     )
 
 
@@ -254,8 +264,10 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
 
 
 def saved_dtype(loaded: LoadedModel, choice: SaveDtype) -> torch.dtype:
-    """How weights are written: auto is as the source of the model has them."""
-    return loaded.source_dtype if choice == "auto" else DTYPES[choice]
+    """How weights are written: auto is as the source of the model has them, adapters in fp32."""
+    if choice == "auto":
+        return loaded.source_dtype if loaded.adapter is None else torch.float32
+    return DTYPES[choice]
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -266,7 +278,13 @@ def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def own_weights(loaded: LoadedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights of a model that is whole here, as they are written."""
-    return {k: in_dtype(tensor, dtype) for k, tensor in named_weights(loaded.policy.model).items()}
+    return {k: in_dtype(tensor, dtype) for k, tensor in written_weights(loaded).items()}
+
+
+def written_weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """What of a model is written when it is trained: all of it, or its adapter."""
+    model = loaded.policy.model
+    return named_weights(model) if loaded.adapter is None else trained_weights(model)
 
 
 def save_model(
@@ -331,6 +349,15 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(id(tensor))
             weights[name] = tensor
     return weights
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of `named_weights` that training may change: no frozen parameters."""
+    return {
+        name: tensor
+        for name, tensor in named_weights(model).items()
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
 
 
 def _location(name: str) -> tuple[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import CacheError, CheckpointError, ConfigError, Findings
 from preftune.files import replacing
+from preftune.model.adapters import StartAdapter
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.preflight import look_at_cache, look_at_model, slow_settings
 from preftune.recipes.reference import Reference, open_reference, rows_to_score, stage_name
@@ -28,6 +29,7 @@ from preftune.reference.build import Answer, Scorer, answers_of
 from preftune.reference.namespaces import find_namespaces, one_namespace
 from preftune.reference.store import StoredLogps, read_shard, shards_in
 from preftune.tracking.progress import ProgressDisplay
+from preftune.training.restore import taken_at_start
 from preftune.training.run_folder import RunFolder, RunStart, check_writable, plan_start
 
 LISTED = 20
@@ -94,7 +96,12 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
     )
     agree_on_data(pairs.by_use, runtime)
     display.say(f"loading {config.model_name_or_path}")
-    model = StartModel.load(pinned, runtime, is_cut=config.shards_weights)
+    model = StartModel.load(
+        pinned,
+        runtime,
+        is_cut=config.shards_weights,
+        adapter=StartAdapter.of(pinned, config.seed, taken_at_start(start.checkpoint)),
+    )
     layout = model.lay_out(
         start.layout or config.wanted_layout,
         start.attention or config.attn_implementation,

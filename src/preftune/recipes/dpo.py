@@ -14,6 +14,7 @@ from preftune.config.paths import cache_root
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
+from preftune.model.adapters import StartAdapter
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
 from preftune.objective import objective_of
@@ -38,6 +39,7 @@ from preftune.reference.live import LiveReference
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
+from preftune.training.restore import taken_at_start
 from preftune.training.run_folder import RunFolder
 from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState
@@ -115,7 +117,13 @@ def _train(
 
     # ---------------------------------------------------------------- model and reference
     display.say(f"loading {config.model_name_or_path}")
-    model = StartModel.load(pinned, runtime, is_cut=config.shards_weights)
+    taken = runtime.together(partial(taken_at_start, start.checkpoint))
+    model = StartModel.load(
+        pinned,
+        runtime,
+        is_cut=config.shards_weights,
+        adapter=StartAdapter.of(pinned, config.seed, taken),
+    )
     loaded = model.loaded
     examples = pairs.train.examples
     plain = runtime.decide(
@@ -135,6 +143,13 @@ def _train(
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
     fields = model.identify(layout)
+    about_model = {
+        "commit": pinned.model_revision,
+        "weights": fields["weights"],
+        "parameters": loaded.num_parameters,
+        "trainable_parameters": loaded.num_trainable,
+        "adapter_commit": pinned.adapter_revision,
+    }
     engine = runtime.spread(
         loaded.policy,
         partial(make_optimizer, config=config),
@@ -142,11 +157,7 @@ def _train(
         max_grad_norm=config.max_grad_norm,
     )
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
-    run.manifest["model"] = {
-        "commit": pinned.model_revision,
-        "weights": fields["weights"],
-        "parameters": loaded.num_parameters,
-    }
+    run.manifest["model"] = about_model
     reference = None
     if config.stores_reference:
         reference = open_reference(

@@ -7,7 +7,7 @@ from typing import Any
 from preftune.config.experiment import ExperimentConfig
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {model}
 tags:
 - preftune
@@ -16,7 +16,7 @@ tags:
 
 # {name}
 
-Fine-tuned from `{model}` on preference pairs with
+{what} `{model}`, trained on preference pairs with
 [preftune](https://pypi.org/project/preftune/) {version}, loss `{loss}`.
 
 - Data: `{dataset}`, {num_pairs} pairs (dropped: {dropped})
@@ -26,22 +26,33 @@ Fine-tuned from `{model}` on preference pairs with
 - Products in {precision}; weights of this folder in {save_dtype}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{usage}
 ```
 
 The licence of `{model}` applies to this model too.
 """
 
 
-def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
+_MODEL_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+_ADAPTER_USAGE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+
+
+def model_card(
+    config: ExperimentConfig, manifest: Mapping[str, Any], is_adapter: bool = False
+) -> str:
     """Markdown with the hub's metadata in front.
 
     Args:
         config: of the run.
         manifest: of the run; its counts are quoted.
+        is_adapter: whether the folder holds a LoRA adapter alone.
     """
     train = manifest["data"]["train"]
     # A local path is the machine's own; the hub's metadata wants a name.
@@ -53,6 +64,9 @@ def model_card(config: ExperimentConfig, manifest: Mapping[str, Any]) -> str:
     )
     return _CARD.format(
         model=name,
+        library="peft" if is_adapter else "transformers",
+        what="A LoRA adapter for" if is_adapter else "Fine-tuned from",
+        usage=_ADAPTER_USAGE.format(model=name) if is_adapter else _MODEL_USAGE,
         name=f"{model[-1]} aligned with {' + '.join(config.loss_types)}",
         losses="\n".join(f"- {loss.value}" for loss in config.loss_types),
         loss=" + ".join(config.loss_types),

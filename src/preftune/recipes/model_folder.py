@@ -1,4 +1,4 @@
-"""A trained model in the Hugging Face format: written whole or not at all."""
+"""A trained model or adapter in the Hugging Face format: written whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.files import fsync, remove_tree
+from preftune.model.adapter_files import write_adapter
 from preftune.model.load import LoadedModel, save_model
 from preftune.recipes.model_card import model_card
 from preftune.redaction import redacted
@@ -22,16 +23,19 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     config: ExperimentConfig,
     facts: Mapping[str, Any],
+    *,
+    revision: str | None,
 ) -> str:
     """Write weights, config, tokenizer and model card beside their place, and rename them there.
 
     Args:
         folder: where the model goes; what is there is replaced.
-        loaded: the model's architecture and config.
+        loaded: the model's architecture and config; where it has an adapter, that is written.
         weights: see `save_model`.
         tokenizer: of the model.
         config: of the run that trained it.
         facts: of the run, for the card: as in run.json.
+        revision: commit of the model that the run started from, if it came from a hub.
 
     Returns:
         The dtype of the weights.
@@ -42,9 +46,21 @@ def write_model_folder(
     temporary = folder.with_name(f".partial-{folder.name}")
     remove_tree(temporary)
     try:
-        name = str(save_model(loaded, weights, tokenizer, temporary)).removeprefix("torch.")
-        card = redacted(model_card(config, {**facts, "save_dtype": name}))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if loaded.adapter is None:
+            dtype = save_model(loaded, weights, tokenizer, temporary)
+        else:
+            dtype = write_adapter(
+                temporary,
+                loaded.policy.model,
+                weights,
+                loaded.adapter.taken,
+                base=str(config.model_name_or_path),
+                revision=revision,
+            )
+            tokenizer.save_pretrained(temporary)
+        name = str(dtype).removeprefix("torch.")
+        card = model_card(config, {**facts, "save_dtype": name}, loaded.adapter is not None)
+        (temporary / "README.md").write_text(redacted(card), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         remove_tree(folder)

@@ -19,6 +19,7 @@ from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
 from preftune.errors import ConfigError, Findings
+from preftune.model.adapters import check_adapter, commit_of, peft_config, skeleton
 from preftune.model.attention_shards import check_heads
 from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
@@ -96,6 +97,10 @@ def look_at_model(
         # A branch may move while the run is away: what it stood for at the start stays.
         known = None if start is None else start.model_commit
         pinned = replace(config, model_revision=known or model_commit(config))
+        if config.use_lora:
+            known = None if start is None else start.adapter_commit
+            pinned.adapter_revision = known or commit_of(pinned)
+            check_lora(pinned)
         check_routers(config, load_model_config(pinned))
         check_sequence(config, load_model_config(pinned))
         tokenizer = prepare_tokenizer(pinned)
@@ -104,6 +109,27 @@ def look_at_model(
         with findings:  # it may be wrong, too
             template_text(config.chat_template)
     return None
+
+
+def check_lora(config: ExperimentConfig) -> None:
+    """Refuse an adapter that the model, or the run, cannot have.
+
+    Args:
+        config: of the run, with commits as revisions.
+
+    Raises:
+        ConfigError: it names layers that the model has not, or drops inputs where it must not.
+        ModelError: the adapter to go on with cannot be read, or is another model's.
+    """
+    trusted = config.trust_remote_code
+    check_adapter(config, skeleton(load_model_config(config), trust_remote_code=trusted))
+    dropout, size = peft_config(config).lora_dropout, config.sequence_parallel_size
+    if dropout and size > 1:
+        raise ConfigError(
+            f"sequence_parallel_size is {size}, and the adapter of adapter_name_or_path has a "
+            f"dropout of {dropout}: processes draw the same random numbers, each for its part of a "
+            "row; set --lora_dropout 0"
+        )
 
 
 def check_routers(config: ExperimentConfig, model_config: PreTrainedConfig) -> None:

@@ -26,7 +26,7 @@ from preftune.errors import CheckpointError
 from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import write_atomically
 from preftune.model.layout_choice import LayoutChoice
-from preftune.model.load import LoadedModel, in_dtype, named_weights, saved_dtype, stop_at
+from preftune.model.load import LoadedModel, in_dtype, saved_dtype, stop_at, written_weights
 from preftune.objective import Objective
 from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.going_on import hold_folder, look_into, take_over_metrics
@@ -340,6 +340,7 @@ class Run:
             "layout": self.layout.name,
             "attention": self.manifest["attention"],
             "reference namespace": self.manifest.get("reference_namespace"),
+            "adapter": self.loaded.adapter and self.loaded.adapter.settings,
         }
 
     def save_checkpoint(self, state: TrainState, metrics_file: MetricsFile) -> None:
@@ -358,8 +359,9 @@ class Run:
         }
 
         def content() -> Snapshot:
-            model = self.loaded.policy.model
-            return snapshot(state, model, window, generators, extra, self.runtime)
+            model, adapter = self.loaded.policy.model, self.loaded.adapter
+            taken = adapter and adapter.taken
+            return snapshot(state, model, window, generators, extra, self.runtime, taken)
 
         if state.engine.is_sharded:
             self.checkpoints.save_together(content(), metrics_file, state.step)
@@ -386,7 +388,7 @@ class Run:
         dtype = saved_dtype(self.loaded, self.config.save_dtype)
         weights = {}
         engine.rest()
-        for name, tensor in named_weights(self.loaded.policy.model).items():
+        for name, tensor in written_weights(self.loaded).items():
             whole = engine.whole(tensor)
             if self.runtime.is_main:
                 weights[name] = in_dtype(whole, dtype)
@@ -395,12 +397,19 @@ class Run:
     def _write_final(self, weights: dict[str, Tensor]) -> None:
         final = self.start.folder.final
         stop_id = self._stop_token_id()
-        if stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
+        is_whole = self.loaded.adapter is None  # an adapter has no generation_config.json
+        if is_whole and stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
             token = self.tokenizer.convert_ids_to_tokens(stop_id)
             self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
         try:
             self.manifest["save_dtype"] = write_model_folder(
-                final, self.loaded, weights, self.tokenizer, self.config, self.manifest
+                final,
+                self.loaded,
+                weights,
+                self.tokenizer,
+                self.config,
+                self.manifest,
+                revision=self.manifest["model"]["commit"],
             )
         except OSError as error:
             raise CheckpointError(
@@ -420,6 +429,7 @@ class Run:
         train = self.manifest["data"]["train"]
         return {
             "model_commit": self.manifest["model"]["commit"],
+            "adapter_commit": self.manifest["model"]["adapter_commit"],
             "stop_token_id": self._stop_token_id(),
             "data": {"train": {key: train[key] for key in ("num_pairs", "dropped")}},
             **{key: self.manifest[key] for key in ("versions", "global_batch_size", "precision")},

@@ -12,6 +12,7 @@ from preftune.config.dpo import ForwardLayout
 from preftune.config.model import AttentionName, ModelConfig
 from preftune.distributed.delivery import starting_place
 from preftune.distributed.runtime import AUTOCAST, Runtime
+from preftune.model.adapters import StartAdapter, add_adapter
 from preftune.model.layout_choice import LayoutChoice, choose_layout, use_layout
 from preftune.model.load import LoadedModel, load_model
 from preftune.model.shallow import shallow
@@ -30,14 +31,28 @@ class StartModel:
     """Whether an engine will cut its weights; see `starting_place`."""
 
     @classmethod
-    def load(cls, config: ModelConfig, runtime: Runtime, *, is_cut: bool) -> "StartModel":
-        """Load it on every rank.
+    def load(
+        cls,
+        config: ModelConfig,
+        runtime: Runtime,
+        *,
+        is_cut: bool,
+        adapter: StartAdapter | None = None,
+    ) -> "StartModel":
+        """Load it on every rank, with the adapter that it starts from.
 
         Raises:
             ModelError: it cannot be loaded; on every rank.
         """
         place = starting_place(runtime.device, runtime, is_cut=is_cut)
-        loaded = runtime.together(lambda: load_model(config, place))
+
+        def load() -> LoadedModel:
+            loaded = load_model(config, place)
+            if adapter is not None:
+                loaded.adapter = add_adapter(loaded.policy.model, adapter)
+            return loaded
+
+        loaded = runtime.together(load)
         loaded.policy.compact_head = runtime.send(loaded.policy.compact_head)
         return cls(config, loaded, runtime, is_cut)
 

@@ -11,6 +11,7 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
+from preftune.model.adapters import settings_of
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import FORWARD_VERSION, PolicyModel
 from preftune.reference.store import STORE_VERSION
@@ -47,8 +48,10 @@ def namespace_fields(
     """
     config = policy.model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in DESCRIPTIVE_FIELDS}
+    adapter = settings_of(policy.model)
     return {
         "weights": weights_fingerprint(policy.model),
+        **({"adapter": adapter} if adapter else {}),
         "model_config": fields,
         "dtype": str(next(policy.parameters()).dtype),
         "precision": precision,

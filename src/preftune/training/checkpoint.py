@@ -1,8 +1,10 @@
 """Save everything that training changes; `restore` puts it back.
 
-    step-00000100/model.safetensors      weights by parameter name, in the training dtype
+    step-00000100/model.safetensors      weights by parameter name, in the training dtype; where
+                                         only some of them train, those
     step-00000100/optimizer.safetensors  "<state>/<parameter name>"
     step-00000100/reference.safetensors  of a reference that follows the policy: as the model's
+    step-00000100/taken.safetensors      what the base gave up to the adapter at the start (PiSSA)
     step-00000100/rng.safetensors        "<rank>/<generator>"
     step-00000100/state.json             counters, metrics, configuration
     step-00000100/manifest.json          size and checksum of each of them; written last
@@ -28,12 +30,13 @@ from preftune.distributed.ranks import ALONE, Ranks
 from preftune.errors import CheckpointError
 from preftune.files import fsync, remove_tree
 from preftune.metrics import MetricState
-from preftune.model.load import named_weights
+from preftune.model.load import named_weights, trained_weights
 from preftune.training.integrity import MANIFEST, STATE, write_manifest
 from preftune.training.step import TrainState
 from preftune.training.tensor_files import FileSum, write_bytes, write_tensors
 
 Tensors = Mapping[str, Tensor]
+TAKEN = "taken.safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def snapshot(
     generators: Sequence[Tensors],
     extra: Mapping[str, Any],
     ranks: Ranks = ALONE,
+    taken: Tensors | None = None,
 ) -> Snapshot:
     """What this rank writes of what training has come to.
 
@@ -73,10 +77,11 @@ def snapshot(
         generators: of every rank.
         extra: JSON values to keep: the configuration, fingerprints, the metrics offset.
         ranks: of the run.
+        taken: see `model.adapters.Adapter`.
     """
     engine = state.engine
     engine.rest()
-    weights = _weights(model)
+    weights = _copied_buffers(trained_weights(model))
     number = f"-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}" if engine.is_sharded else ""
     files = {
         f"model{number}.safetensors": _saved(engine.weight_parts(weights)),
@@ -93,8 +98,10 @@ def snapshot(
     if not ranks.is_main:
         return Snapshot(tensors, None, first_rows)
     if state.reference is not None:
-        reference = _weights(state.reference.model)
+        reference = _copied_buffers(named_weights(state.reference.model))
         tensors["reference.safetensors"] = {k: v.detach() for k, v in reference.items()}
+    if taken:
+        tensors[TAKEN] = taken
     tensors["rng.safetensors"] = {
         f"{rank}/{name}": tensor
         for rank, own in enumerate(generators)
@@ -103,11 +110,11 @@ def snapshot(
     return Snapshot(tensors, _document(state, window, extra), first_rows)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _copied_buffers(weights: Tensors) -> dict[str, Tensor]:
     """Parameters as they are, and copies of buffers, which a forward may change."""
     return {
         name: tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-        for name, tensor in named_weights(model).items()
+        for name, tensor in weights.items()
     }
 
 

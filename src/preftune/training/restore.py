@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from preftune.distributed.parts import Part, whole_part
 from preftune.distributed.ranks import ALONE, Ranks
 from preftune.errors import CheckpointError
-from preftune.model.load import named_weights
+from preftune.model.load import named_weights, trained_weights
+from preftune.training.checkpoint import TAKEN
 from preftune.training.generators import restore_generators
 from preftune.training.integrity import checked_files, damaged, read_document
 from preftune.training.part_files import PartReader
@@ -20,6 +21,7 @@ from preftune.training.step import TrainState
 from preftune.training.tensor_files import Damaged, FileSum, TensorFile, differing
 
 Tensors = Mapping[str, Tensor]
+REFERENCE = "reference.safetensors"
 _KIND = r"%s(-\d{5,}-of-\d{5,})?\.safetensors"
 
 
@@ -60,7 +62,7 @@ def _load_whole(folder: Path, state: TrainState, model: nn.Module) -> None:
     load_weights(folder, model)
     if state.reference is not None:
         load_weights(folder, state.reference.model, "reference.safetensors")
-    moments = state.engine.moment_parts(named_weights(model))
+    moments = state.engine.moment_parts(trained_weights(model))
 
     def targets(file: TensorFile) -> Tensors:
         expected = {name: part.shape for name, part in moments.items()}
@@ -74,7 +76,7 @@ def _load_whole(folder: Path, state: TrainState, model: nn.Module) -> None:
 def _load_parts(folder: Path, state: TrainState, model: nn.Module, ranks: Ranks) -> None:
     """Weights and optimizer state where the checkpoint or the engine has them in parts."""
     state.engine.rest()
-    weights = named_weights(model)
+    weights = trained_weights(model)
     for kind, parts in (
         ("model", state.engine.weight_parts(weights)),
         ("optimizer", state.engine.moment_parts(weights)),
@@ -84,7 +86,7 @@ def _load_parts(folder: Path, state: TrainState, model: nn.Module, ranks: Ranks)
         state.engine.put_back(weights, parts)
     if state.reference is not None:
         reference = state.reference.model
-        ranks.together(lambda: load_weights(folder, reference, "reference.safetensors"))
+        ranks.together(lambda: load_weights(folder, reference, REFERENCE))
 
 
 def _read_parts(
@@ -152,7 +154,9 @@ def load_weights(folder: Path, model: nn.Module, name: str = "model.safetensors"
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
-    wanted = {key: tensor.detach() for key, tensor in named_weights(model).items()}
+    # A reference that follows the policy is frozen, and all of it is saved.
+    weights = named_weights(model) if name == REFERENCE else trained_weights(model)
+    wanted = {key: tensor.detach() for key, tensor in weights.items()}
     if name == "model.safetensors" and is_in_parts(folder):
         _read_parts(folder, "model", {key: whole_part(t, 0) for key, t in wanted.items()})
         return
@@ -163,6 +167,20 @@ def load_weights(folder: Path, model: nn.Module, name: str = "model.safetensors"
         return wanted
 
     _Reader(folder)(name, targets)
+
+
+def taken_at_start(folder: Path | None) -> Tensors | None:
+    """What the base gave up to the adapter when the run of a checkpoint began; None: nothing.
+
+    Args:
+        folder: a complete checkpoint; None: there is none yet.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if folder is None or TAKEN not in checked_files(folder):
+        return None
+    return _Reader(folder)(TAKEN, _empty)
 
 
 def _of_another_model(folder: Path, other: Sequence[str]) -> CheckpointError:

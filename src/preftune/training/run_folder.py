@@ -179,6 +179,11 @@ class RunStart:
         """The commit of a reference of its own, if that came from a hub."""
         return (self._noted("reference_model") or {}).get("commit")
 
+    @property
+    def adapter_commit(self) -> str | None:
+        """The commit of the adapter that the run here goes on training, if it came from a hub."""
+        return (self._noted("model") or {}).get("adapter_commit")
+
     def _chosen(self, key: str) -> Any:
         # A checkpoint may be of another folder, whose choices then go on here.
         if self.checkpoint is not None:

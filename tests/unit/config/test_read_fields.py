@@ -32,6 +32,7 @@ from preftune.config.launch import (
     LaunchSkypilotConfig,
     LaunchSlurmConfig,
 )
+from preftune.config.merge import MergeConfig
 from preftune.config.quickstart import QuickstartConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
@@ -44,6 +45,7 @@ CONFIGS = {
     "score": ScoreConfig,
     "quickstart": QuickstartConfig,
     "verify-resume": VerifyResumeConfig,
+    "merge": MergeConfig,
     "cache show": CacheShowConfig,
     "cache prune": CachePruneConfig,
     "cache export": CacheExportConfig,

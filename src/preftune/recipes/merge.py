@@ -1,0 +1,163 @@
+"""`preftune merge`: a base and its adapter become one plain model."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from preftune.config.lora import LoRAConfig
+from preftune.config.merge import MergeConfig
+from preftune.config.model import ModelConfig
+from preftune.errors import CheckpointError, ModelError
+from preftune.files import fsync, remove_tree
+from preftune.model.adapter_files import ADAPTER, adapter_folder, read_config
+from preftune.model.adapters import (
+    StartAdapter,
+    adapted_layers,
+    add_adapter,
+    check_adapter,
+    skeleton,
+)
+from preftune.model.load import (
+    LoadedModel,
+    in_dtype,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    named_weights,
+    save_model,
+    saved_dtype,
+)
+from preftune.training.run_folder import check_writable
+
+PROBES, PROBE_TOKENS = 4, 64
+TOLERANCE = 1e-3
+"""Largest difference of logits, of their largest size; rounding in fp32 makes some 1e-6 to 1e-4."""
+
+
+def merge(config: MergeConfig) -> str:
+    """Add an adapter to its base, compare, and write the sum.
+
+    Args:
+        config: which, and where to.
+
+    Returns:
+        What was written and how near it is, for people.
+
+    Raises:
+        PreftuneError: base or adapter cannot be read, the folder exists or cannot be written, or
+            the merged model is not the adapter's.
+    """
+    target = Path(str(config.output)).expanduser()
+    if target.exists():
+        raise CheckpointError(f"output is {config.output!r}, which exists; give a new folder")
+    check_writable("output", target)
+    base, lora = _parts(config)
+    trusted = config.trust_remote_code
+    check_adapter(lora, skeleton(load_model_config(base), trust_remote_code=trusted))
+    tokenizer = load_tokenizer(_tokenizer_of(config, base))
+    loaded = load_model(base, torch.device("cpu"))
+    model = loaded.policy.model
+    add_adapter(model, StartAdapter(lora, seed=0))
+    with_adapter = _logits(model)
+    _merge_layers(model)
+    difference = _difference(_logits(model), with_adapter)
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"adapter is {config.adapter!r}: the merged model's logits differ from those of base "
+            f"and adapter by {difference:.2g} of the largest, and {TOLERANCE:g} is allowed; "
+            "nothing was written; keep the adapter as it is"
+        )
+    dtype = saved_dtype(loaded, config.save_dtype)
+    weights = {name: in_dtype(t, dtype) for name, t in named_weights(model).items()}
+    _write(target, loaded, weights, tokenizer)
+    nn.Module.to(nn.Module.to(model, dtype), torch.float32)
+    rounded = _difference(_logits(model), with_adapter)
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"written: {target} ({name}); logits of {PROBES} probe rows, next to those of base and "
+        f"adapter: {difference:.1g} of the largest away in float32, {rounded:.1g} as written"
+    )
+
+
+def _parts(config: MergeConfig) -> tuple[ModelConfig, LoRAConfig]:
+    """The base and the adapter."""
+    name = str(config.adapter)
+    folder = adapter_folder(name, config.adapter_revision, "adapter")
+    files: LoraConfig = read_config(folder, name, "adapter")
+    given = config.model_name_or_path
+    base = given or files.base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"adapter is {name!r}, whose files name no base; give it with --model_name_or_path"
+        )
+    model = ModelConfig(
+        model_name_or_path=base,
+        model_revision=None if given else files.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    lora = LoRAConfig(
+        use_lora=True, adapter_name_or_path=name, adapter_revision=config.adapter_revision
+    )
+    return model, lora
+
+
+def _tokenizer_of(config: MergeConfig, base: ModelConfig) -> ModelConfig:
+    """The adapter's own tokenizer, with its chat template, where it brings one."""
+    folder = adapter_folder(str(config.adapter), config.adapter_revision, "adapter")
+    if (folder / "tokenizer_config.json").is_file():
+        return ModelConfig(
+            model_name_or_path=base.model_name_or_path,
+            tokenizer_name_or_path=str(folder),
+            trust_remote_code=base.trust_remote_code,
+        )
+    return base
+
+
+@torch.no_grad()
+def _merge_layers(model: PreTrainedModel) -> None:
+    """Put plain layers with the sums in the place of PEFT's."""
+    for name, layer in adapted_layers(model):
+        layer.merge(adapter_names=[ADAPTER])
+        model.set_submodule(name, layer.get_base_layer())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[ADAPTER])
+    del model.peft_config  # pyright: ignore
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    ids = torch.randint(size, (PROBES, length), generator=generator)
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def _write(
+    target: Path, loaded: LoadedModel, weights: dict[str, Tensor], tokenizer: object
+) -> None:
+    """Write beside, and rename: the folder is whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".partial-{target.name}")
+    remove_tree(temporary)
+    try:
+        save_model(loaded, weights, tokenizer, temporary)  # pyright: ignore[reportArgumentType]
+        for path in [*temporary.iterdir(), temporary]:
+            fsync(path)
+        temporary.rename(target)
+        fsync(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written ({error}); free some space, or give another --output"
+        ) from error
+    finally:
+        remove_tree(temporary)
