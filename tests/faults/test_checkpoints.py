@@ -12,7 +12,7 @@ import pytest
 
 from preftune import ExperimentConfig, train
 from preftune.errors import CheckpointError
-from preftune.recipes import dpo
+from preftune.recipes import start_model
 from preftune.training.loop import TrainingLoop
 from preftune.training.run_folder import plan_start
 from tests.runs import arguments, pretend_unfinished, read_metrics, tiny_settings
@@ -291,7 +291,7 @@ def test_a_run_that_was_overtaken_touches_nothing(straight, tmp_path, monkeypatc
     if before:
         shutil.copytree(straight / "run", tmp_path / "run")
         pretend_unfinished(tmp_path / "run", 2)
-    load, nested = dpo.load_model, []
+    load, nested = start_model.load_model, []
 
     def overtaken(*args):
         if not nested:
@@ -300,7 +300,7 @@ def test_a_run_that_was_overtaken_touches_nothing(straight, tmp_path, monkeypatc
             nested.append({p: p.read_bytes() for p in files_of(tmp_path / "run")})
         return load(*args)
 
-    monkeypatch.setattr(dpo, "load_model", overtaken)
+    monkeypatch.setattr(start_model, "load_model", overtaken)
     with pytest.raises(CheckpointError, match="another process has worked in"):
         train(config)
     assert {p: p.read_bytes() for p in files_of(tmp_path / "run")} == nested[1]

@@ -146,7 +146,7 @@ def test_an_adapters_folder_is_refused_rather_than_started_from_its_base(tmp_pat
     for folder in (tmp_path / "adapter", tmp_path / "model"):
         if folder.name == "model":  # a full model, beside it an adapter that would be lost
             (folder / "adapter_config.json").write_text("{}")
-        with pytest.raises(ModelError, match=r"an adapter .* merge it into its base"):
+        with pytest.raises(ModelError, match=r"an adapter .* merge the two"):
             train(tiny_config(tmp_path, model_name_or_path=folder))
     assert not (tmp_path / config.output_dir).exists()
 

@@ -44,15 +44,15 @@ def test_sigusr1_saves_and_goes_on(straight, tmp_path, monkeypatch):
 
 
 def test_sigusr1_before_the_first_step_ends_nothing(straight, tmp_path, monkeypatch):
-    from preftune.recipes import dpo
+    from preftune.recipes import start_model
 
-    load = dpo.load_model
+    load = start_model.load_model
 
     def loading(*args):
         signal.raise_signal(signal.SIGUSR1)
         return load(*args)
 
-    monkeypatch.setattr(dpo, "load_model", loading)
+    monkeypatch.setattr(start_model, "load_model", loading)
     train(tiny_config(straight, output_dir=tmp_path / "run"))
     assert checkpoints(tmp_path / "run") == ["step-00000001"]
 

@@ -29,9 +29,9 @@ def test_constant_by_hand(knobs, expected, pairs, make_batch):
 
 
 def test_rewards_by_hand(pairs, make_batch):
-    """β (π − ρ): 0.01 · 2 and 0.01 · −1."""
+    """β (π − ρ): 0.1 · 2 and 0.1 · −1."""
     result = BCOPair()(make_batch([pairs["preferred"]], grad=True))
-    assert result.chosen_rewards.item() == pytest.approx(0.02)
-    assert result.rejected_rewards.item() == pytest.approx(-0.01)
+    assert result.chosen_rewards.item() == pytest.approx(0.2)
+    assert result.rejected_rewards.item() == pytest.approx(-0.1)
     assert not result.chosen_rewards.requires_grad
     assert not result.rejected_rewards.requires_grad

@@ -157,7 +157,7 @@ AT_REFERENCE = {
     **dict.fromkeys(["hinge", "apo_zero", "apo_down"], 1.0),
     # 1/(4β²) and 1/(2β²) at β = 0.1 and 0.001
     "ipo": 25.0,
-    "sppo_hard": 500_000.0,
+    "sppo_hard": 5_000.0,
     # −ln 2 − ½ ln(0.001 · 0.999) and ½ (1 + ln 2)
     "exo_pair": 2.7612307091,
     "discopop": 0.8465735903,
