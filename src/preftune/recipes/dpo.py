@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
-from preftune.distributed.folders import look_at_folder
+from preftune.distributed.folders import SeenFolder, look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
 from preftune.model.adapters import StartAdapter
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
+from preftune.model.load import LoadedModel
 from preftune.objective import objective_of
 from preftune.recipes.loss import describe_sync, loss_of
-from preftune.recipes.pairs import load_experiment_pairs, over_budget
+from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
@@ -30,6 +33,7 @@ from preftune.recipes.same_start import (
 )
 from preftune.recipes.start_model import StartModel
 from preftune.recipes.step_zero import (
+    PlainScores,
     check_step_zero,
     compared_rows,
     plain_rows,
@@ -40,7 +44,7 @@ from preftune.tracking.progress import ProgressDisplay
 from preftune.training.loop import TrainingLoop
 from preftune.training.optimizer import make_optimizer, make_schedule
 from preftune.training.restore import taken_at_start
-from preftune.training.run_folder import RunFolder
+from preftune.training.run_folder import RunFolder, RunStart
 from preftune.training.signals import SignalRequests
 from preftune.training.step import TrainState
 
@@ -98,15 +102,7 @@ def _train(
     cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
 
     # ---------------------------------------------------------------- data, before weights load
-    for sentence in slow_settings(config, config.mixed_precision):
-        display.say(sentence)
-    pairs = runtime.leaders_first(  # the others find their tokens in the cache
-        lambda: load_experiment_pairs(pinned, tokenizer, display),
-        is_leader=cache.leads(runtime.rank),
-    )
-    agree_on_data(pairs.by_use, runtime)
-    for sentence in over_budget(config, pairs.train):
-        display.say(sentence)
+    pairs = _load_pairs(pinned, tokenizer, cache, runtime, display)
     sampler = PairSampler(
         len(pairs.train.examples),
         config.global_batch_size(runtime.data_size),
@@ -116,40 +112,11 @@ def _train(
     num_steps = runtime.together(lambda: count_steps(config, sampler))
 
     # ---------------------------------------------------------------- model and reference
-    display.say(f"loading {config.model_name_or_path}")
-    taken = runtime.together(partial(taken_at_start, start.checkpoint))
-    model = StartModel.load(
-        pinned,
-        runtime,
-        is_cut=config.shards_weights,
-        adapter=StartAdapter.of(pinned, config.seed, taken),
-    )
-    loaded = model.loaded
-    examples = pairs.train.examples
-    plain = runtime.decide(
-        lambda: plain_scores(
-            loaded.policy.model, examples, plain_rows(examples.sizes), AUTOCAST[precision]
-        )
-    )
-    layout = model.lay_out(
-        start.layout or config.wanted_layout,
-        start.attention or config.attn_implementation,
-        pairs.longest_side,
-    )
-    share_rows(loaded.policy, layout, runtime)
-    if layout.why:
-        display.say(f"pairs are padded: {layout.why}")
+    policy = _StartPolicy.open(pinned, start, pairs, runtime, display)
+    loaded, layout, examples = policy.loaded, policy.layout, pairs.train.examples
     live_reference = LiveReference.of(config, loaded.policy, runtime)
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
-    fields = model.identify(layout)
-    about_model = {
-        "commit": pinned.model_revision,
-        "weights": fields["weights"],
-        "parameters": loaded.num_parameters,
-        "trainable_parameters": loaded.num_trainable,
-        "adapter_commit": pinned.adapter_revision,
-    }
     engine = runtime.spread(
         loaded.policy,
         partial(make_optimizer, config=config),
@@ -157,11 +124,11 @@ def _train(
         max_grad_norm=config.max_grad_norm,
     )
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
-    run.manifest["model"] = about_model
+    run.manifest["model"] = policy.about
     reference = None
     if config.stores_reference:
         reference = open_reference(
-            pinned, loaded.policy, fields, layout, pairs, cache, runtime, display
+            pinned, loaded.policy, policy.fields, layout, pairs, cache, runtime, display
         )
         run.manifest |= reference.describe(pinned)
     batcher, held_out = run.batchers(reference)
@@ -178,8 +145,6 @@ def _train(
         config.per_device_train_batch_size,
         config.max_tokens_per_microbatch,
     )
-    compared = micro_batching.split(compared_rows(len(examples)))
-    is_exact = precision == "fp32" and config.dtype == "float32"
     if config.reference_model_name_or_path is not None:
         display.say(
             f"the reference is {config.reference_model_name_or_path}: policy and reference are not "
@@ -189,9 +154,9 @@ def _train(
         engine.model,
         objective,
         batcher,
-        compared,
-        is_exact=is_exact,
-        plain=plain,
+        micro_batching.split(compared_rows(len(examples))),
+        is_exact=precision == "fp32" and config.dtype == "float32",
+        plain=policy.plain,
         reference_is_start=config.reference_model_name_or_path is None,
     )
 
@@ -232,6 +197,86 @@ def _train(
         raise runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()
+
+
+def _load_pairs(
+    config: ExperimentConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: SeenFolder,
+    runtime: Runtime,
+    display: ProgressDisplay,
+) -> Pairs:
+    """The rows of the run, seen to be the same on all ranks."""
+    for sentence in slow_settings(config, config.mixed_precision):
+        display.say(sentence)
+    pairs = runtime.leaders_first(  # the others find their tokens in the cache
+        lambda: load_experiment_pairs(config, tokenizer, display),
+        is_leader=cache.leads(runtime.rank),
+    )
+    agree_on_data(pairs.by_use, runtime)
+    for sentence in over_budget(config, pairs.train):
+        display.say(sentence)
+    return pairs
+
+
+@dataclass(frozen=True)
+class _StartPolicy:
+    """The policy before its first step, and what was found out about it."""
+
+    loaded: LoadedModel
+    layout: LayoutChoice
+    plain: PlainScores
+    fields: dict[str, Any]
+    """What its log-probs depend on."""
+    about: dict[str, Any]
+    """For the manifest; read before an engine takes the weights."""
+
+    @classmethod
+    def open(
+        cls,
+        config: ExperimentConfig,
+        start: RunStart,
+        pairs: Pairs,
+        runtime: Runtime,
+        display: ProgressDisplay,
+    ) -> "_StartPolicy":
+        """Load it, score a few rows by its own forward, and choose how rows go through it.
+
+        Args:
+            config: with commits as revisions.
+            start: whose layout and adapter a run goes on with.
+            pairs: the rows.
+            runtime: the ranks.
+            display: says what is done.
+        """
+        display.say(f"loading {config.model_name_or_path}")
+        taken = runtime.together(partial(taken_at_start, start.checkpoint))
+        adapter = StartAdapter.of(config, config.seed, taken)
+        model = StartModel.load(config, runtime, is_cut=config.shards_weights, adapter=adapter)
+        loaded, examples = model.loaded, pairs.train.examples
+        autocast = AUTOCAST[runtime.precision]
+        plain = runtime.decide(
+            lambda: plain_scores(
+                loaded.policy.model, examples, plain_rows(examples.sizes), autocast
+            )
+        )
+        layout = model.lay_out(
+            start.layout or config.wanted_layout,
+            start.attention or config.attn_implementation,
+            pairs.longest_side,
+        )
+        share_rows(loaded.policy, layout, runtime)
+        if layout.why:
+            display.say(f"pairs are padded: {layout.why}")
+        fields = model.identify(layout)
+        about = {
+            "commit": config.model_revision,
+            "weights": fields["weights"],
+            "parameters": loaded.num_parameters,
+            "trainable_parameters": loaded.num_trainable,
+            "adapter_commit": config.adapter_revision,
+        }
+        return cls(loaded, layout, plain, fields, about)
 
 
 def share_rows(policy: PolicyModel, layout: LayoutChoice, runtime: Runtime) -> None:
