@@ -115,15 +115,21 @@ def test_what_is_deleted_is_computed_again_to_the_same_bytes(tmp_path, pattern):
     assert again.num_computed == {"*.plan": 0, "*": 18}.get(pattern, again.num_computed) < 19
 
 
-def test_half_written_files_are_removed_unless_somebody_may_be_writing_them(tmp_path):
+@pytest.mark.parametrize("name", [".p-00000.safetensors.0123456789ab", "p-00000.lock"])
+def test_what_a_kill_left_is_removed_unless_somebody_may_be_at_it(tmp_path, name):
     first = ReferenceStore(tmp_path, "ns", {})
-    leftover = first.folder / ".p-00000.safetensors.0123456789ab"
+    leftover = first.folder / name
     leftover.write_bytes(b"half")
-    second = ReferenceStore(tmp_path, "ns", {})
+    with first.deciding():
+        second = ReferenceStore(tmp_path, "ns", {})
     assert leftover.exists()
     del first, second
     ReferenceStore(tmp_path, "ns", {})
-    assert not leftover.exists()
+    assert sorted(path.name for path in leftover.parent.iterdir()) == [
+        "namespace.json",
+        "namespace.lock",
+        "plans.lock",
+    ]
 
 
 def test_two_answers_that_run_together_alike_have_their_own_values(tmp_path):

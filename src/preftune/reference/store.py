@@ -289,7 +289,7 @@ def _remove_leftovers(folder: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # somebody is, or nobody can tell
         return
-    for path in folder.glob(".*"):
+    for path in (*folder.glob(".*"), *folder.glob("*-*.lock")):  # a shard's lock outlives a kill
         path.unlink()
 
 
