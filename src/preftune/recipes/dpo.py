@@ -25,6 +25,7 @@ from preftune.model.layout_probe import rounded_to
 from preftune.model.load import LoadedModel
 from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
 from preftune.objective import objective_of
+from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
@@ -114,6 +115,8 @@ def _train(
         config.shuffle,
     )
     num_steps = runtime.together(lambda: count_steps(config, sampler))
+    for sentence in risky_settings(pinned, num_steps / sampler.steps_per_epoch):
+        display.say(sentence)
 
     # ---------------------------------------------------------------- model and reference
     policy = _StartPolicy.open(pinned, start, pairs, runtime, display)
