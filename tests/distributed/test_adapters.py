@@ -16,6 +16,7 @@ from tests.launches import output_of
 pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.slow,
     # PEFT's own wrapper asks transformers in a way that is about to go.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
 ]

@@ -24,6 +24,7 @@ from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import LoadedModel
 from preftune.objective import objective_of
+from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
@@ -113,6 +114,8 @@ def _train(
         config.shuffle,
     )
     num_steps = runtime.together(lambda: count_steps(config, sampler))
+    for sentence in risky_settings(pinned, num_steps / sampler.steps_per_epoch):
+        display.say(sentence)
 
     # ---------------------------------------------------------------- model and reference
     policy = _StartPolicy.open(pinned, start, pairs, runtime, display)
