@@ -372,6 +372,13 @@ MISTAKES = {
     "a weight below 0": with_data(rows_with(3, weight=-0.5)),
     "a margin that is no number": with_data(rows_with(3, margin=float("nan"))),
     # ---- rows of one answer
+    "a knob of a loss for a stage without one": given(
+        "--stage", "sft", "--beta", "0.1", "--loss_type", "dpo"
+    ),
+    "pairs where conversations are read": with_data(rows_with(1), stage="sft"),
+    "conversations for a loss on pairs": with_data(
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    ),
     "rows of one answer for a loss on pairs": with_data(LONE_ANSWERS),
     "a label of text": lone_answers(2, label="good"),
     "a label of 0.5": lone_answers(2, label=0.5),

@@ -1,12 +1,13 @@
 """The configuration of `preftune train`."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from preftune.config.checkpoint import CheckpointConfig
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
 from preftune.config.distributed import DistributedConfig
-from preftune.config.dpo import DPOConfig, layout_problems
+from preftune.config.dpo import ONLY_WITH_PAIRS, DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
@@ -16,6 +17,9 @@ from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
 from preftune.config.training import TrainingConfig, precision_problems
+
+UNREAD_COLUMNS = {"dpo": ("messages",), "sft": ("chosen", "rejected", "label", "margin")}
+"""Keys of `column_map` that a stage has no use for."""
 
 
 @dataclass(kw_only=True)
@@ -63,9 +67,14 @@ class ExperimentConfig(
             else:
                 self.eval_strategy = "epoch" if self.has_eval_data else "never"
 
+    def unread(self) -> Collection[str]:
+        """What belongs to another stage."""
+        return () if self.stage == "dpo" else ONLY_WITH_PAIRS
+
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other, or that nothing reads."""
-        found = layout_problems(self.wanted_layout, self.attn_implementation)
+        found = self._column_problems()
+        found += layout_problems(self.wanted_layout, self.attn_implementation)
         found += precision_problems(self.dtype, self.mixed_precision)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
@@ -90,6 +99,15 @@ class ExperimentConfig(
             Problem(key, value, message, others)
             for key, value in settings.items()
             if value is not None
+        ]
+
+    def _column_problems(self) -> list[Problem]:
+        """Of columns that another stage reads."""
+        unread = UNREAD_COLUMNS[self.stage]
+        return [
+            Problem("column_map", self.column_map, f"stage {self.stage} does not read {name!r}")
+            for name in self.column_map or {}
+            if name in unread
         ]
 
     def _engine_problems(self) -> list[Problem]:

@@ -74,6 +74,7 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
     if not config.stores_reference:
         named = ", ".join(loss.value for loss in config.loss_types)
         why = "sync_reference is true" if config.sync_reference else f"the loss is {named}"
+        why = why if config.stage == "dpo" else f"stage is {config.stage}"
         raise ConfigError(f"{why}, so no reference log-probs are stored for this run")
     runtime = Runtime(resolve_precision(config.mixed_precision), config.seed)
     agree_on_start(config, runtime)

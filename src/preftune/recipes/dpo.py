@@ -1,4 +1,7 @@
-"""`preftune train`: from a configuration to a trained model, top to bottom."""
+"""`preftune train`: from a configuration to a trained model, top to bottom; every stage.
+
+The stage decides what rows are read as, and the objective; a reference there is only with pairs.
+"""
 
 import math
 import time

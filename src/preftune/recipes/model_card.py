@@ -16,14 +16,13 @@ tags:
 
 # {name}
 
-{what} `{model}`, trained on preference pairs with
+{what} `{model}`, trained on {trained_on} with
 [preftune](https://pypi.org/project/preftune/) {version}, loss `{loss}`.
 
-- Data: `{dataset}`, {num_pairs} pairs (dropped: {dropped})
+- Data: `{dataset}`, {num_pairs} {unit} (dropped: {dropped})
 - Run: `{run}` of experiment `{experiment}`
-- Steps: {steps}, {batch} pairs each; learning rate {learning_rate:g}, {schedule}
-- Loss settings: {knobs}
-- Products in {precision}; weights of this folder in {save_dtype}
+- Steps: {steps}, {batch} {unit} each; learning rate {learning_rate:g}, {schedule}
+{knobs}- Products in {precision}; weights of this folder in {save_dtype}
 
 ```python
 {usage}
@@ -83,9 +82,7 @@ def model_card(
         library="peft" if is_adapter else "transformers",
         what="A LoRA adapter for" if is_adapter else "Fine-tuned from",
         usage=_usage(name, is_adapter, record or {}),
-        name=f"{model[-1]} aligned with {' + '.join(config.loss_types)}",
-        losses="\n".join(f"- {loss.value}" for loss in config.loss_types),
-        loss=" + ".join(config.loss_types),
+        **_training_of(config, model[-1]),
         version=manifest["versions"]["preftune"],
         dataset=", ".join(name.rsplit("/", 1)[-1] for name, _ in config.sources),
         run=config.run_name,
@@ -94,9 +91,8 @@ def model_card(
         dropped=json.dumps(train["dropped"]),
         steps=manifest["steps"],
         batch=manifest["global_batch_size"],
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak_rate,
         schedule=config.lr_scheduler_type,
-        knobs=json.dumps({loss.value: config.knobs_of(loss) for loss in config.loss_types}),
         precision=manifest["precision"],
         save_dtype=manifest["save_dtype"],
     )
@@ -110,3 +106,25 @@ def _usage(model: str, is_adapter: bool, record: Mapping[str, Any]) -> str:
         settings["llm_int8_threshold"] = 0.0
     words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     return _QUANTIZED_USAGE.format(settings=words, model=model, dtype=record["dtype"])
+
+
+def _training_of(config: ExperimentConfig, model: str) -> dict[str, str]:
+    """The card's words on the stage and its loss."""
+    if config.stage == "sft":
+        return {
+            "name": f"{model} after supervised fine-tuning",
+            "losses": "- sft",
+            "loss": "negative log-likelihood of the answers' tokens",
+            "trained_on": "conversations",
+            "unit": "rows",
+            "knobs": "",
+        }
+    knobs = json.dumps({loss.value: config.knobs_of(loss) for loss in config.loss_types})
+    return {
+        "name": f"{model} aligned with {' + '.join(config.loss_types)}",
+        "losses": "\n".join(f"- {loss.value}" for loss in config.loss_types),
+        "loss": " + ".join(config.loss_types),
+        "trained_on": "preference pairs",
+        "unit": "pairs",
+        "knobs": f"- Loss settings: {knobs}\n",
+    }

@@ -36,13 +36,13 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.SGD(groups, lr=config.peak_rate, fused=True)
     assert config.adam_beta1 is not None  # filled by the config for adamw
     assert config.adam_beta2 is not None
     assert config.adam_epsilon is not None
     return torch.optim.AdamW(
         groups,
-        lr=config.learning_rate,
+        lr=config.peak_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
@@ -65,11 +65,11 @@ def make_schedule(config: TrainingConfig, num_steps: int) -> Schedule:
         name = "warmup_stable_decay"
         options["num_decay_steps"] = max(1, round(num_steps * _DECAY_SHARE))
     parameter = nn.Parameter(torch.zeros(()))
-    throwaway = torch.optim.SGD([parameter], lr=config.learning_rate)
+    throwaway = torch.optim.SGD([parameter], lr=config.peak_rate)
     scheduler = get_scheduler(name, throwaway, num_warmup, num_steps, options)
     assert isinstance(scheduler, LambdaLR)  # all of the names above make one
     factor = scheduler.lr_lambdas[0]
-    return lambda step: config.learning_rate * float(factor(step))
+    return lambda step: config.peak_rate * float(factor(step))
 
 
 def warmup_steps(config: TrainingConfig, num_steps: int) -> int:
