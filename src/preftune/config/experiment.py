@@ -13,6 +13,7 @@ from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig, another_model, gguf_problems
+from preftune.config.optimizers import placement_problems
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
@@ -119,13 +120,7 @@ class ExperimentConfig(
                 "model over them: leave out zero_stage and fsdp"
             )
             found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
-        if self.optimizer == "sgd" and self.fsdp != "no":
-            message = (
-                f"fsdp is {self.fsdp!r}, and PyTorch's fused SGD cannot update weights that are "
-                "cut over devices: take adamw, or --zero_stage 3"
-            )
-            found.append(Problem("optimizer", "sgd", message, ("fsdp",)))
-        return found
+        return found + placement_problems(self)
 
     def _sequence_problems(self) -> list[Problem]:
         """Of what sharing rows out cannot do."""

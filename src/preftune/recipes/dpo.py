@@ -129,7 +129,7 @@ def _train(
         display.say(sentence)
     engine = runtime.spread(
         loaded.policy,
-        partial(make_optimizer, config=config),
+        partial(make_optimizer, config=config, seed=config.seed),
         config,
         max_grad_norm=config.max_grad_norm,
     )

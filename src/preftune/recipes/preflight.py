@@ -14,7 +14,7 @@ from preftune.config.distributed import DistributedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
-from preftune.config.training import MixedPrecision
+from preftune.config.training import MixedPrecision, TrainingConfig
 from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
@@ -92,6 +92,8 @@ def look_at_model(
         check_device(config, config.mixed_precision)
     with findings:
         check_engine(config)
+    with findings:
+        check_optimizer(config)
     with findings:
         check_quantization(config)
     with findings:
@@ -182,6 +184,30 @@ def check_engine(config: DistributedConfig) -> None:
         raise ConfigError(
             f"zero_stage is {config.zero_stage}, and the package deepspeed is not installed; "
             "install it (pip install 'preftune[deepspeed]'), or take --fsdp full_shard"
+        )
+
+
+def check_optimizer(config: TrainingConfig) -> None:
+    """Refuse an optimizer that this machine has not.
+
+    Args:
+        config: which.
+
+    Raises:
+        ConfigError: its package is absent, or it needs a GPU.
+    """
+    name = config.optimizer
+    if name not in ("adamw_8bit", "paged_adamw_8bit"):
+        return
+    if name == "paged_adamw_8bit" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optimizer is {name!r}, which pages memory between a GPU and the host, and torch sees "
+            "no GPU here; set --optimizer adamw_8bit"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer is {name!r}, and the package bitsandbytes is not installed; install it "
+            "(pip install 'preftune[quant]'), or set --optimizer adamw_torch_8bit"
         )
 
 
