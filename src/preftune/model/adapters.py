@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -325,6 +326,11 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """PEFT's layers, by the names of those whose places they took."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
+def whole_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's wrappers of layers that train whole, by name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +28,7 @@ from preftune.model.adapters import (
     add_adapter,
     check_adapter,
     skeleton,
+    whole_layers,
 )
 from preftune.model.load import (
     DTYPES,
@@ -200,7 +199,7 @@ def _parts(config: MergeConfig) -> tuple[ModelConfig, LoRAConfig]:
     """The base and the adapter."""
     name = str(config.adapter)
     folder = adapter_folder(name, config.adapter_revision, "adapter")
-    files: LoraConfig = read_config(folder, name, "adapter")
+    files = read_config(folder, name, "adapter")
     given = config.model_name_or_path
     base = given or files.base_model_name_or_path
     if not base:
@@ -236,9 +235,8 @@ def _merge_layers(model: PreTrainedModel) -> None:
     for name, layer in adapted_layers(model):
         layer.merge(adapter_names=[ADAPTER])
         model.set_submodule(name, layer.get_base_layer())
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(name, module.modules_to_save[ADAPTER])
+    for name, wrapper in whole_layers(model):
+        model.set_submodule(name, wrapper.modules_to_save[ADAPTER])
     del model.peft_config  # pyright: ignore
 
 
