@@ -4,6 +4,9 @@ adapter_config.json           what the adapter is, and the base it belongs to
 adapter_model.safetensors     its numbers
 preftune.json                 how its base was quantised, where it was: that is part of what was
                               trained, and PEFT's format has no place for it
+
+PEFT is imported where it is used: it brings bitsandbytes and PyTorch's compiler along, for which a
+run without adapters need not wait.
 """
 
 import copy
@@ -11,21 +14,22 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from preftune.config.model import QUANTIZATION, ModelConfig
 from preftune.config.typed import reader_of
 from preftune.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER = "default"
 """The name that an adapter has inside a model."""
@@ -99,7 +103,7 @@ def _no_weights(folder: Path) -> str:
     return f"the folder has no {WEIGHTS_FILE}; copy it there"
 
 
-def read_config(folder: Path, name: str, key: str) -> LoraConfig:
+def read_config(folder: Path, name: str, key: str) -> "LoraConfig":
     """What an adapter is.
 
     Args:
@@ -110,6 +114,8 @@ def read_config(folder: Path, name: str, key: str) -> LoraConfig:
     Raises:
         ModelError: it is of a kind that cannot be trained here.
     """
+    from peft import LoraConfig
+
     try:
         kind = json.loads((folder / CONFIG_FILE).read_text("utf-8")).get("peft_type")
         config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
@@ -197,6 +203,8 @@ def named_as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> 
         model: that has the adapter.
         weights: by the names of its parameters; others are left out.
     """
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(
         model, state_dict=dict(weights), adapter_name=ADAPTER, save_embedding_layers=False
     )
@@ -243,9 +251,16 @@ def write_adapter(
     return dtype
 
 
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's layers, by the names of those whose places they took."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
 def target_names(model: PreTrainedModel) -> list[str]:
     """The layers with adapters: by the ends of their names where those are of no other layer."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    names = [name for name, _ in adapted_layers(model)]
     inside = tuple(f"{name}." for name in names)
     others = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     ends = sorted({name.rpartition(".")[2] for name in names})
@@ -265,7 +280,7 @@ def _beside_whole_base(
     into B, so that every kind of scaling comes out as 1.
     """
     whole = dict(numbers)
-    scales = {n: m.scaling[ADAPTER] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    scales = {name: layer.scaling[ADAPTER] for name, layer in adapted_layers(model)}
     for name, first in taken.items():
         layer, kind = name.removesuffix(".weight").rsplit(".", 1)
         now, scale = numbers[name].to(first.dtype), scales[layer]

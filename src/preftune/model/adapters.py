@@ -10,12 +10,9 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +21,7 @@ from preftune.config.lora import ALL_LINEAR, LoRAConfig
 from preftune.errors import ConfigError, ModelError
 from preftune.model.adapter_files import (
     ADAPTER,
+    adapted_layers,
     adapter_folder,
     file_shapes,
     moves_base,
@@ -31,6 +29,9 @@ from preftune.model.adapter_files import (
     read_config,
     read_weights,
 )
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _KEY = "adapter_name_or_path"
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
@@ -81,7 +82,7 @@ def commit_of(lora: LoRAConfig) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def peft_config(lora: LoRAConfig) -> LoraConfig:
+def peft_config(lora: LoRAConfig) -> "LoraConfig":
     """PEFT's form of the settings: the user's, or those of the adapter to go on with.
 
     Raises:
@@ -89,6 +90,8 @@ def peft_config(lora: LoRAConfig) -> LoraConfig:
     """
     name = lora.adapter_name_or_path
     if name is None:
+        from peft import LoraConfig
+
         assert lora.lora_r is not None  # the config fills these for a new adapter
         assert lora.lora_alpha is not None
         init = lora.init_lora_weights
@@ -149,7 +152,7 @@ def check_adapter(
         _check_shapes(lora, model)
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:
+def _check_targets(model: PreTrainedModel, config: "LoraConfig") -> dict[str, nn.Module]:
     """The layers that `target_modules` names."""
     named = {name: module for name, module in model.named_modules() if name}
     wanted = config.target_modules
@@ -209,7 +212,7 @@ def _check_whole_layers(
             )
 
 
-def _check_rank(config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
+def _check_rank(config: "LoraConfig", targets: Mapping[str, nn.Module]) -> None:
     for name, module in targets.items():
         if isinstance(module, nn.Embedding):
             raise ConfigError(
@@ -284,7 +287,7 @@ def _is_tied(key: str, name: str) -> ConfigError:
 # ---------------------------------------------------------------- into a model
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
+def inject(model: PreTrainedModel, config: "LoraConfig", *, seed: int) -> None:
     """Put adapter layers into a model; only they, and `modules_to_save`, will train.
 
     Adapters are in fp32 whatever their base is in: small updates would be lost in bf16.
@@ -294,6 +297,8 @@ def inject(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
         config: what to put where; may be changed. What PiSSA does comes after, see `add_adapter`.
         seed: of the first numbers.
     """
+    from peft import inject_adapter_in_model
+
     on_meta = next(model.parameters()).is_meta
     init = config.init_lora_weights
     if moves_base(init):
@@ -323,13 +328,10 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
         yield
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """PEFT's layers, by the names of those whose places they took."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-
-
 def whole_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """PEFT's wrappers of layers that train whole, by name."""
+    from peft.utils import ModulesToSaveWrapper
+
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
@@ -360,6 +362,8 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
     if name is not None:
         _check_shapes(start.lora, model)
         folder = adapter_folder(name, start.lora.adapter_revision, _KEY)
+        from peft import set_peft_model_state_dict
+
         set_peft_model_state_dict(model, read_weights(folder), ADAPTER)
     return Adapter(settings_of(model), taken)
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from preftune.config.training import TrainingConfig
 from preftune.training.optimizers.adafactor import Adafactor
@@ -99,6 +98,8 @@ def make_schedule(config: TrainingConfig, num_steps: int) -> Schedule:
         config: `lr_scheduler_type`, warm-up and peak rate.
         num_steps: optimizer steps of the whole run.
     """
+    from transformers import get_scheduler  # which brings PEFT and all that it finds installed
+
     num_warmup = warmup_steps(config, num_steps)
     name = config.lr_scheduler_type
     options = dict(_SCHEDULE_OPTIONS.get(name, {}))

@@ -134,7 +134,7 @@ def test_fp32_moments_are_adamw():
 @pytest.mark.parametrize(("name", "bits"), [("adamw_torch_8bit", 8), ("adamw_torch_4bit", 4)])
 def test_few_bits_are_torchaos(name, bits, monkeypatch):
     """Its own step, not compiled; the rows here are those that its blocks divide."""
-    torchao = pytest.importorskip("torchao.optim", reason="needs the extra quant")
+    torchao = pytest.importorskip("torchao.optim", reason="needs the extra peers")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, optimizer = ours(name)
     expected = make_weights()
