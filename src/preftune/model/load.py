@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from preftune.config.export import SaveDtype
 from preftune.config.model import ModelConfig
 from preftune.errors import ModelError
+from preftune.model.activations import recompute
 from preftune.model.forward import PolicyModel
 from preftune.model.probe import head_is_plain
 from preftune.model.quantization import (
@@ -265,10 +266,9 @@ def load_model(
     model.eval()
     compact = device.type != "meta" and head_is_plain(model)
     if config.gradient_checkpointing:
-        # transformers renamed it after 5.17, the oldest version supported here.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute(model, config.gradient_checkpointing)
     policy = PolicyModel(model, compact_head=compact, use_cache=config.use_cache)
+    policy.activation_offload = config.activation_offload
     return LoadedModel(policy, source_dtype, zeroed)
 
 

@@ -246,6 +246,11 @@ def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
             f"attn_implementation is {model.attn_implementation!r}, which {lacks}; "
             "set --attn_implementation auto"
         )
+    if model.activation_offload and not has_cuda:
+        problems.append(
+            "activation_offload is true, which moves activations from a GPU to the host, and torch "
+            "sees no GPU here; leave it out"
+        )
     if has_cuda:
         problems += [
             f"{key} is {value!r}, and this GPU has no hardware for it; set --{key} {other}"

@@ -11,7 +11,7 @@ from preftune.config.optimizers import READS, ROUNDS
 from preftune.config.training import TrainingConfig
 from preftune.distributed.parts import whole_part
 from preftune.training.optimizer import make_optimizer
-from preftune.training.optimizers import masked
+from preftune.training.optimizers import blocks, masked
 from preftune.training.optimizers.blocks import Codes, block_size
 from preftune.training.optimizers.muon import hidden_matrices, orthogonal
 from preftune.training.optimizers.rounding import StochasticRounding
@@ -266,6 +266,23 @@ def test_codes_stand_for_the_nearest_number(bits, signed):
         assert len(set(values.tolist())) == 256
         assert all(a < b for a, b in pairwise(values.tolist()))
     assert torch.equal(codes.encoded(values[None], len(values))[0], every)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(8, True), (8, False), (4, True), (4, False)])
+def test_codes_are_those_of_a_search(bits, signed):
+    """Also next to every edge, and at both ends of what shares the upper 16 bits."""
+    every = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    codes = every if bits == 8 else torch.stack([every >> 4, every & 15], -1).flatten(1)
+    values = Codes(bits, signed).decoded(every, torch.ones(1, 1)).flatten().unique()
+    edges = (values[1:] + values[:-1]) / 2
+    near = [torch.nextafter(edges, edges.new_tensor(to)) for to in (-2.0, 2.0)]
+    cells = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = [cells.view(torch.float32), (cells | 0xFFFF).view(torch.float32)]
+    numbers = torch.cat([edges, *near, values, *ends])
+    numbers = numbers[numbers.isfinite() & (numbers.abs() <= 1) & (signed | (numbers >= 0))]
+    found = blocks._nearest(numbers, bits, signed)
+    assert torch.equal(found.long(), torch.bucketize(numbers, edges, right=True))
+    assert codes.max() == found.max()
 
 
 def test_blocks_end_with_rows():
