@@ -19,6 +19,8 @@ def risky_settings(config: ExperimentConfig, num_epochs: float) -> list[str]:
         config: of the run, with commits as revisions.
         num_epochs: passes over the training pairs.
     """
+    if config.stage != "dpo":
+        return []  # what is known is of preference tuning
     found = _risky_rate(config) + _risky_betas(config)
     if num_epochs > EPOCHS:
         found.append(
@@ -29,7 +31,7 @@ def risky_settings(config: ExperimentConfig, num_epochs: float) -> list[str]:
 
 
 def _risky_rate(config: ExperimentConfig) -> list[str]:
-    rate = config.learning_rate
+    rate = config.peak_rate
     if config.use_lora:
         if rate <= LORA_RATE:
             return []
