@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from preftune import ExperimentConfig, train
 from tests.distributed.beside_one import TRAIN_ALL, check_equal, runs
 from tests.launches import output_of
+from tests.pipelines import pipeline_file
 from tests.runs import read_metrics, tiny_settings
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "token mean": {"ld_alpha": 0.3, "sft_weight": 0.5, "sft_reduction": "token"},
     "kto": FASTER | {"loss_type": "kto", "dataset_name": "labelled.jsonl"},
     "bco": FASTER | {"loss_type": "bco", "dataset_name": "labelled.jsonl"},
-    "sft": FASTER | {"stage": "sft", "dataset_name": "said.jsonl"} | SPLIT_OFF,
+    "sft": FASTER | {"stage": "sft", "dataset_name": "completions.jsonl"} | SPLIT_OFF,
 }
 COMMON = {"gradient_accumulation_steps": 1, "max_train_steps": 6, "eval_steps": 3}
 
@@ -48,7 +49,7 @@ def listed(root: Path, to: str, size: int) -> list[dict[str, Any]]:
     ]
     write_jsonl(root / "labelled.jsonl", rows)
     said = [{k: row[k] for k in ("prompt", "completion")} for row in rows]
-    write_jsonl(root / "said.jsonl", said)
+    write_jsonl(root / "completions.jsonl", said)
     cases = {
         name: {**COMMON, **case, "per_device_train_batch_size": size}
         for name, case in CASES.items()
@@ -87,7 +88,8 @@ def root(tmp_path_factory):
         train(ExperimentConfig(**settings))
     two = [*listed(root, "two", 4), *with_dropout(root), with_a_bad_row(root, "two", 4)]
     (root / "list.json").write_text(json.dumps(two))
-    output_of(2, TRAIN_ALL, root / "list.json")
+    pipeline_file(root, lora=True)
+    output_of(2, TRAIN_ALL, root / "list.json", Path(__file__).with_name("run_pipeline.py"))
     return root
 
 
@@ -105,6 +107,17 @@ def test_two_ranks_skip_the_same_batch(root):
         assert ("loss" in expected) == ("loss" in got) == (expected["step"] not in (2, 4))
         if "loss" in expected:
             assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_two_ranks_run_a_pipeline(root):
+    """Train and evaluate together; the first merges."""
+    for stage in ("sft", "dpo"):
+        manifest = json.loads((root / "chain" / stage / "run.json").read_text())
+        assert (manifest["status"], manifest["world_size"]) == ("finished", 2)
+    assert read_metrics(root / "chain" / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    results = json.loads((root / "chain" / "evaluate" / "results.json").read_text())
+    assert results["num_pairs"] == 5
+    assert results["model"] == str(root / "chain" / "merge" / "model")
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(root):

@@ -19,7 +19,7 @@ _DEFAULTS = {
     "lora_task_type": "CAUSAL_LM",
     "init_lora_weights": "default",
 }
-_BROUGHT = (
+BROUGHT = (
     "lora_r",
     "lora_alpha",
     "lora_target_modules",
@@ -108,7 +108,7 @@ class LoRAConfig(Section):
 
 def _unread_problems(section: LoRAConfig) -> list[Problem]:
     message = "use_lora is false, so nothing reads it: leave it out, or set use_lora true"
-    keys = (*_BROUGHT, "lora_dropout", "adapter_name_or_path", "adapter_revision")
+    keys = (*BROUGHT, "lora_dropout", "adapter_name_or_path", "adapter_revision")
     return [
         Problem(key, value, message, ("use_lora",))
         for key in keys
@@ -125,6 +125,6 @@ def _start_problems(section: LoRAConfig) -> list[Problem]:
     message = "the adapter of adapter_name_or_path brings its own: leave it out"
     return [
         Problem(key, value, message, ("adapter_name_or_path",))
-        for key in _BROUGHT
+        for key in BROUGHT
         if (value := getattr(section, key)) not in (None, False)
     ]

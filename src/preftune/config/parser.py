@@ -128,6 +128,30 @@ def parse_with_places(
     problems += more + without_preset
     if launcher is not None:
         problems += launcher.problems + _add_taken(reader, given, launcher.taken)
+    return Parsed(_made(cls, given, problems, without_preset), given)
+
+
+def config_of(cls: type[_C], given: dict[str, Given]) -> _C:
+    """A configuration of values whose places are known; a preset among them is read.
+
+    Args:
+        cls: the configuration to make.
+        given: by option; gets what a preset sets.
+
+    Raises:
+        ConfigError: with every mistake found, each with its place.
+    """
+    without_preset = _add_preset(given)
+    return _made(cls, given, without_preset, without_preset)
+
+
+def _made(
+    cls: type[_C],
+    given: dict[str, Given],
+    problems: list[str],
+    without_preset: list[str],
+) -> _C:
+    """The configuration, or all that is wrong: what is told already, and what it finds itself."""
     try:
         config = cls(**{key: found.value for key, found in given.items()})
     except InvalidConfig as error:
@@ -136,7 +160,12 @@ def parse_with_places(
         raise ConfigError(problems + _located(found, given)) from None
     if problems:
         raise ConfigError(problems)
-    return Parsed(config, given)
+    return config
+
+
+def unknown_option(name: str, known: Sequence[str]) -> str:
+    """What to say of a name that is no option, with the names it may stand for."""
+    return _unknown(name, known, str)
 
 
 def _read_file(known: Sequence[str], path: str) -> tuple[dict[str, Given], list[str]]:

@@ -4,7 +4,7 @@ YAML itself would turn an unquoted `no` into False, `5e-7` into text and 010 int
 of two equal keys, and forget where each stood.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,20 @@ class Entry:
     """Counted from 1."""
     twice: str | None = None
     """A name that a mapping inside the value holds twice, so that one of them would be lost."""
+    node: yaml.Node | None = field(default=None, compare=False, repr=False)
+    """What it was read from."""
+
+    def entries(self, path: str) -> list["Entry"]:
+        """Those of its value, which must be a mapping, or nothing.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ConfigError: the value is something else.
+        """
+        assert self.node is not None
+        return [] if self.value is None else _entries(self.node, path, self.key)
 
 
 def read_yaml(path: str) -> list[Entry]:
@@ -53,13 +67,15 @@ def read_yaml(path: str) -> list[Entry]:
             f"{path}: the config file is not UTF-8 text: {error}; save it as UTF-8"
         ) from error
     root = _compose(text, path)
-    if root is None:
-        return []
+    return [] if root is None else _entries(root, path, "the file")
+
+
+def _entries(root: yaml.Node, path: str, what: str) -> list[Entry]:
     if not isinstance(root, yaml.MappingNode):
         at = f"{path} line {root.start_mark.line + 1}"
-        raise ConfigError(f"{at}: the file must hold a mapping, one `key: value` a line")
+        raise ConfigError(f"{at}: {what} must hold a mapping, one `key: value` a line")
     return [
-        Entry(_name(key), _value(value), key.start_mark.line + 1, _name_given_twice(value))
+        Entry(_name(key), _value(value), key.start_mark.line + 1, _name_given_twice(value), value)
         for key, value in root.value
     ]
 
