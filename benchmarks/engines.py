@@ -1,9 +1,10 @@
 """Steps of each engine on two processes, against one process with two threads.
 
-    python benchmarks/engines.py --layers 6 --steps 5
+    python benchmarks/engines.py --layers 6 --steps 5 --rounds 2
 
 DPO steps in fp32 on the CPU, with a random model of SmolLM2-135M's width, on the same pairs: one
-process with two threads, then each engine on two processes of one thread each, twice over in turn.
+process with two threads, then each engine on two processes of one thread each, `--rounds` times
+over in turn.
 Communication is the time that gloo spends in collectives in one step of the first process, waiting
 for the other included. Wall times: the machine must be idle.
 """
@@ -49,24 +50,31 @@ def main() -> None:
         measure(options)
         return
     print(f"torch {torch.__version__}  {options.layers} layers, {PAIRS} pairs a step")
-    print("engine        s a step  of one process  communication")
+    print("engine        s a step  of one process  communication", flush=True)
     found: dict[str, list[list[float]]] = {name: [] for name in ENGINES}
     for _ in range(options.rounds):
-        for name in ENGINES:
-            found[name].append(run(name, options))
-    alone = statistics.median(seconds for seconds, _ in found["one process"])
-    for name, results in found.items():
-        seconds = statistics.median(seconds for seconds, _ in results)
-        share = statistics.median(share for _, share in results)
-        print(f"{name:12}  {seconds:8.2f}  {alone / seconds:13.2f}x  {share:12.0%}")
+        for name, results in found.items():
+            results.append(run(name, options))
+            show(name, results[-1:], found["one process"][-1:])
+    if options.rounds > 1:
+        print("medians")
+        for name, results in found.items():
+            show(name, results, found["one process"])
+
+
+def show(name: str, results: list[list[float]], alone: list[list[float]]) -> None:
+    """One row of the table."""
+    seconds, share = (statistics.median(values) for values in zip(*results, strict=True))
+    factor = statistics.median(took for took, _ in alone) / seconds
+    print(f"{name:12}  {seconds:8.2f}  {factor:13.2f}x  {share:12.0%}", flush=True)
 
 
 def parse() -> argparse.Namespace:
     """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--measure", choices=list(ENGINES), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ The step divides by the count of the whole global batch, once. A mean taken here
 rows of a short micro-batch more than others.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from preftune.batching.batcher import MicroBatch
 from preftune.losses import (
+    AnswerLogps,
     CompletionLogps,
     CompletionLoss,
     Loss,
+    NegativeLogLikelihood,
     PairLogps,
     PairLoss,
     UnpairedLoss,
@@ -24,7 +27,9 @@ from preftune.losses import (
 from preftune.model.forward import SequenceLogps, pair_logps
 from preftune.reference.live import LiveReference
 
-L = TypeVar("L", PairLogps, CompletionLogps)
+L = TypeVar("L", PairLogps, CompletionLogps, AnswerLogps)
+LARGEST_EXPONENT = 700.0
+"""Of e, in fp64."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,17 @@ class RowMetric:
     """(rows,) Detached."""
     of: Tensor | None = None
     """(rows,) Which rows it is a metric of; None: all."""
+    counts: Tensor | None = None
+    """(rows,) Of how many things each value is the sum; None: of one."""
 
     def at(self, slots: Tensor) -> "RowMetric":
         """Of some of the rows."""
-        return RowMetric(self.values[slots], None if self.of is None else self.of[slots])
+        of, counts = self.of, self.counts
+        return RowMetric(
+            self.values[slots],
+            None if of is None else of[slots],
+            None if counts is None else counts[slots],
+        )
 
     @property
     def total(self) -> Tensor:
@@ -48,7 +60,9 @@ class RowMetric:
 
     @property
     def count(self) -> Tensor | int:
-        """Number of its rows."""
+        """Number of its rows, or of what their values are sums of."""
+        if self.counts is not None:
+            return (self.counts if self.of is None else self.counts.where(self.of, 0)).sum()
         return len(self.values) if self.of is None else self.of.sum()
 
 
@@ -134,7 +148,7 @@ class Objective(ABC, Generic[L]):
         output = self.output(logps, batch=batch, running=running)
         if sequences.routing is None:
             return output
-        return self._balanced(output, sequences.routing.loss, micro_batch.num_rows)
+        return self._balanced(output, sequences.routing.loss, self._counts(logps))
 
     def output(
         self, logps: L, *, batch: GlobalBatch[L] | None = None, running: Tensor | None = None
@@ -147,11 +161,12 @@ class Objective(ABC, Generic[L]):
             running: as in `__call__`.
         """
         seen = logps if batch is None else batch.with_rows(logps)
-        seen = replace(seen, running=running)
+        if running is not None:
+            seen = replace(seen, running=running)
         values, metrics = self._evaluate(seen)
         if seen.weight is not None:
             values = values * seen.weight
-        metrics = {"loss": RowMetric(values.detach())} | metrics
+        metrics = {"loss": RowMetric(values.detach(), counts=self._counts(seen))} | metrics
         if batch is not None:
             metrics = {name: metric.at(batch.slots) for name, metric in metrics.items()}
         return ObjectiveOutput(values.sum(), metrics, self._next_running(seen))
@@ -168,14 +183,19 @@ class Objective(ABC, Generic[L]):
         micro_batch = self._with_reference(micro_batch)
         return self._split(self._forward(model, micro_batch), micro_batch)
 
-    def _balanced(self, output: ObjectiveOutput, balance: Tensor, num_rows: int) -> ObjectiveOutput:
-        """The same with the load-balancing loss of the micro-batch, counted once a row.
+    def _balanced(
+        self, output: ObjectiveOutput, balance: Tensor, counts: Tensor | None
+    ) -> ObjectiveOutput:
+        """The same with the load-balancing loss of the micro-batch, counted as its rows are.
 
-        A step's is then a mean over its micro-batches, each weighted by its rows. It compares the
-        tokens of a micro-batch with each other, so other micro-batches have another one.
+        A step's is then a mean over its micro-batches, each weighted by its rows, or their tokens.
+        It compares the tokens of a micro-batch with each other, so other micro-batches have another
+        one.
         """
-        loss_sum = output.loss_sum + self.load_balancing_weight * num_rows * balance
-        metric = RowMetric(balance.detach().expand(num_rows))
+        if counts is None:
+            counts = torch.ones_like(output.metrics["loss"].values)
+        loss_sum = output.loss_sum + self.load_balancing_weight * counts.sum() * balance
+        metric = RowMetric(balance.detach() * counts, counts=counts)
         return replace(
             output, loss_sum=loss_sum, metrics=output.metrics | {"load_balancing_loss": metric}
         )
@@ -202,6 +222,10 @@ class Objective(ABC, Generic[L]):
         if micro_batch.num_rows:
             return logps
         return replace(logps, **{name: values[:0] for name, values in rows_of(logps).items()})
+
+    def _counts(self, logps: L) -> Tensor | None:
+        """(rows,) Of how many values the loss of each row is the sum; None: of one."""
+        return None
 
     @abstractmethod
     def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> L:
@@ -297,13 +321,49 @@ class CompletionObjective(Objective[CompletionLogps]):
         return self.loss.next_running(logps)
 
 
-def objective_of(loss: Loss | UnpairedLoss, **options: Any) -> PairObjective | CompletionObjective:
+class AnswerObjective(Objective[AnswerLogps]):
+    """The negative log-likelihood of answers, a mean over all tokens of the global batch."""
+
+    loss: NegativeLogLikelihood
+
+    def _split(self, sequences: SequenceLogps, micro_batch: MicroBatch) -> AnswerLogps:
+        return AnswerLogps(sequences.sums, sequences.lengths, **micro_batch.columns)
+
+    def sides(self, logps: AnswerLogps) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Nothing: there is no reference."""
+        return {}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """The means, with the perplexity in place of the plain negative log-likelihood."""
+        means = dict(means)
+        nll = means.pop("nll", math.inf)
+        return means | ({"perplexity": math.exp(nll)} if nll < LARGEST_EXPONENT else {})
+
+    def _evaluate(self, logps: AnswerLogps) -> tuple[Tensor, dict[str, RowMetric]]:
+        values = self.loss(logps)
+        return values, {"nll": RowMetric(values.detach(), counts=logps.lengths)}
+
+    def _counts(self, logps: AnswerLogps) -> Tensor:
+        return logps.lengths
+
+    def value_at_reference(self, logps: AnswerLogps) -> None:
+        """Nothing is known of it."""
+
+    def _next_running(self, logps: AnswerLogps) -> None: ...
+
+
+AnyObjective = PairObjective | CompletionObjective | AnswerObjective
+
+
+def objective_of(loss: Loss | UnpairedLoss | NegativeLogLikelihood, **options: Any) -> AnyObjective:
     """What trains with a loss.
 
     Args:
         loss: which loss.
         **options: those of `Objective`.
     """
+    if isinstance(loss, NegativeLogLikelihood):
+        return AnswerObjective(loss, **options)
     kind = PairObjective if isinstance(loss, Loss) else CompletionObjective
     return kind(loss, **options)
 
@@ -399,7 +459,7 @@ def as_completions(
     return replace(logps, mismatched=sums[:, 1], mismatched_reference=reference[:, 1])
 
 
-def rows_of(logps: PairLogps | CompletionLogps) -> dict[str, Tensor]:
+def rows_of(logps: PairLogps | CompletionLogps | AnswerLogps) -> dict[str, Tensor]:
     """The tensors that have one entry a row, by name."""
     return {k: v for k, v in vars(logps).items() if isinstance(v, Tensor) and k != "running"}
 

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Role: TypeAlias = Literal["chosen", "rejected", "mismatched"]
-"""What an answer is to its prompt. An unpaired row's answer is chosen or rejected; mismatched is
-one that was given to another prompt, of which nothing is learnt."""
+Role: TypeAlias = Literal["chosen", "rejected", "answer", "mismatched"]
+"""What an answer is to its prompt. An unpaired row's answer is chosen or rejected, and one for
+supervised fine-tuning just an answer; mismatched is one that was given to another prompt, of which
+nothing is learnt."""
+RowKind: TypeAlias = Literal["pairs", "labelled", "supervised"]
+"""What a raw row is read as: a pair; each answer by itself, labelled chosen or rejected; or what is
+to be learnt as it stands."""
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 """Plain text, continued as it stands, or chat messages, rendered by the chat template."""

@@ -23,7 +23,8 @@ def runs(root: Path, cases: Mapping[str, Mapping[str, Any]], to: str, **changes:
     listed = []
     for name, case in cases.items():
         own = base | {"output_dir": root / to / name, "cache_dir": root / f"cache-{to}"}
-        if not case.get("sync_reference") and case.get("loss_type") != "orpo":
+        has_reference = case.get("stage") != "sft" and case.get("loss_type") != "orpo"
+        if has_reference and not case.get("sync_reference"):
             own["reference_model_name_or_path"] = root / "other"
         own |= case
         if "model_name_or_path" in case:

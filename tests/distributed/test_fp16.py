@@ -11,7 +11,7 @@ from tests.distributed.fp16_checks import LOW, settings, start_low, trace
 from tests.launches import output_of
 
 pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_every_engine_takes_the_steps_of_one_process(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ UNEVEN = {"max_train_samples": 17}
 """21 pairs end in a batch of 5, dealt 3 and 2; 17 in one of 1, which leaves a rank idle."""
 LIVE = {"sync_reference": True, "reference_sync_steps": 2, "reference_mixup_alpha": 0.5}
 FASTER = {"learning_rate": 3e-4}
+SPLIT_OFF = {"eval_dataset": None, "test_size": 3}
 CASES: dict[str, dict[str, Any]] = {
     "dpo": {},
     "an idle rank": UNEVEN,
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "token mean": {"ld_alpha": 0.3, "sft_weight": 0.5, "sft_reduction": "token"},
     "kto": FASTER | {"loss_type": "kto", "dataset_name": "labelled.jsonl"},
     "bco": FASTER | {"loss_type": "bco", "dataset_name": "labelled.jsonl"},
+    "sft": FASTER | {"stage": "sft", "dataset_name": "said.jsonl"} | SPLIT_OFF,
 }
 COMMON = {"gradient_accumulation_steps": 1, "max_train_steps": 6, "eval_steps": 3}
 
@@ -45,6 +47,8 @@ def listed(root: Path, to: str, size: int) -> list[dict[str, Any]]:
         for i, pair in enumerate(make_pairs(17, seed=0))
     ]
     write_jsonl(root / "labelled.jsonl", rows)
+    said = [{k: row[k] for k in ("prompt", "completion")} for row in rows]
+    write_jsonl(root / "said.jsonl", said)
     cases = {
         name: {**COMMON, **case, "per_device_train_batch_size": size}
         for name, case in CASES.items()

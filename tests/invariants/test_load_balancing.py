@@ -40,14 +40,18 @@ def run(root: Path, name: str, **settings) -> list[dict[str, float]]:
     return read_metrics(root / name)
 
 
+def _slow(settings):
+    return pytest.param(settings, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
-        {"forward_layout": "concatenated", "gradient_checkpointing": True},
-        {"loss_type": "aot"},
-        {"loss_type": "kto"},
-        {"loss_type": "simpo", "mixed_precision": "bf16"},
+        _slow({"forward_layout": "concatenated", "gradient_checkpointing": True}),
+        _slow({"loss_type": "aot"}),
+        _slow({"loss_type": "kto"}),
+        _slow({"loss_type": "simpo", "mixed_precision": "bf16"}),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "dpo",
 )

@@ -84,9 +84,8 @@ def train(
     if config.unpaired:
         columns["is_desirable"] = torch.tensor([e.roles[0] == "chosen" for e in examples])
     lengths = np.array([example.completions[0].num_scored for example in examples])
-    batcher = RowBatcher(
-        examples, reference, layout, runtime.device, columns, chosen_lengths=lengths
-    )
+    trained = lengths if config.row_kind == "supervised" else None
+    batcher = RowBatcher(examples, reference, layout, runtime.device, columns, lengths, trained)
     objective = objective_of(loss_of(config), live_reference=following)
     trace = Trace([], [])
     for step in range(STEPS):
@@ -101,6 +100,7 @@ def train(
             runtime,
             num_rows=BATCH,
             learning_rate=LEARNING_RATE,
+            num_terms=batcher.num_terms(rows),
         )
         means = state.window.means(runtime.all_reduce)
         state.window.clear()

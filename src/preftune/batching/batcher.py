@@ -67,10 +67,18 @@ class RowBatcher:
     """As in `MicroBatch`, for all rows."""
     chosen_lengths: np.ndarray | None = None
     """(rows,) Scored tokens of the chosen answers, where the loss reads their mean."""
+    trained_tokens: np.ndarray | None = None
+    """(rows,) Scored tokens of the answers, where the loss is a mean over them; None: over rows."""
 
     def __call__(self, rows: Sequence[int], batch: Sequence[int] | None = None) -> MicroBatch:
         """Lay out `rows`, on the device; an empty list gives a dummy that counts nothing."""
         return self.place(self.lay_out(rows, batch))
+
+    def num_terms(self, batch: Sequence[int]) -> int:
+        """What the losses of a global batch's rows are divided by: rows, or scored tokens."""
+        if self.trained_tokens is None:
+            return len(batch)
+        return int(self.trained_tokens[list(batch)].sum())
 
     def lay_out(self, rows: Sequence[int], batch: Sequence[int] | None = None) -> LaidOut:
         """The part that works on the host alone, and may run ahead on another thread.

@@ -16,7 +16,7 @@ from preftune.launch.environment import ERROR_FILE
 from preftune.redaction import redacted
 
 COMMANDS = {
-    "train": "train a policy on pairs of chosen and rejected answers",
+    "train": "train a policy on pairs of answers, or by supervised fine-tuning",
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",

@@ -1,15 +1,15 @@
 """`preftune train`."""
 
 from collections.abc import Sequence
-from typing import assert_never
 
 from preftune.cli.options import options_or_help
 from preftune.config.experiment import ExperimentConfig
 
 USAGE = "preftune train [CONFIG.yaml] [--key value ...]"
 WHAT = (
-    "Train a policy on pairs of chosen and rejected answers. Options are the same in the file and "
-    "on the command line, which wins. Stopped at any time, the same command goes on."
+    "Train a policy: on pairs of chosen and rejected answers (--stage dpo, the default), or on "
+    "what an assistant said (--stage sft). Options are the same in the file and on the command "
+    "line, which wins. Stopped at any time, the same command goes on."
 )
 
 
@@ -25,12 +25,9 @@ def run(argv: Sequence[str]) -> int:
         from preftune.recipes.dpo import train
         from preftune.recipes.pairs import prepare_data
 
-        match config.stage:
-            case "dpo" if config.cache_dataset_only:
-                print(prepare_data(config))
-            case "dpo":
-                train(config)
-                leave_process_group()
-            case _:
-                assert_never(config.stage)
+        if config.cache_dataset_only:
+            print(prepare_data(config))
+        else:
+            train(config)
+            leave_process_group()
     return 0

@@ -8,7 +8,7 @@ from preftune.config.problem import Problem, below, count
 from preftune.config.run_time import seconds_of
 from preftune.config.section import Section
 
-_SMALLER = ("loss",)
+_SMALLER = ("loss", "perplexity")
 _GREATER = ("accuracies", "accuracies_length_matched", "margins", "chosen")
 
 
@@ -42,8 +42,8 @@ class CheckpointConfig(Section):
     before it makes a checkpoint; run.json names the best as best_checkpoint. Unset: none."""
 
     greater_is_better: bool | None = None
-    """Whether a greater `metric_for_best_model` is a better one. Unset: no for loss, yes for
-    accuracies, margins and chosen; for other metrics it must be given."""
+    """Whether a greater `metric_for_best_model` is a better one. Unset: no for loss and
+    perplexity, yes for accuracies, margins and chosen; for other metrics it must be given."""
 
     max_run_time: str | int | None = None
     """Save, stop and exit with 75 when this command has run so long; the same command goes on.

@@ -1,6 +1,6 @@
 """Sections merged into one flat configuration that is right or does not exist."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -56,13 +56,19 @@ class ComposedConfig:
         """Everything wrong between sections."""
         return []
 
+    def unread(self) -> Collection[str]:
+        """Settings that nothing reads beside the others; problems refuse other values of them."""
+        return ()
+
     def to_dict(self) -> dict[str, Any]:
         """The settings that apply, as plain values, in the order of the sections.
 
         What is unset and unset by default is left out, so an explicit null stays.
         """
-        values = {}
+        values, unread = {}, self.unread()
         for field in section_fields(type(self)):
+            if field.name in unread:
+                continue
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 values[field.name] = _plain(value)

@@ -11,6 +11,7 @@ from preftune.config.typed import number
 
 Truncation = Literal["drop", "keep_start", "keep_end"]
 COLUMNS = (
+    "messages",
     "prompt",
     "chosen",
     "rejected",
@@ -42,7 +43,8 @@ class PairsConfig(Section):
     column_map: dict[str, str] | None = None
     """Columns under other names, as {prompt: question, chosen: good, rejected: bad}. Unset: the
     columns are called prompt (optional), chosen and rejected; in rows of one answer prompt,
-    completion and label (true or false); besides these weight (of the row's loss, 0 or more),
+    completion and label (true or false); with `stage` sft messages, or prompt and completion;
+    besides these weight (of the row's loss, 0 or more),
     margin (how much better the chosen answer is, in units of reward), tools and source."""
 
     max_length: int | None = 2048

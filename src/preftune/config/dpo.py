@@ -1,18 +1,37 @@
 """Which loss, with which knobs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
+from preftune.config.stage import StageChoice
 from preftune.losses.knobs import KNOBS, LossKnobs, MeanOver
 from preftune.losses.spec import LOSS_SPECS, DPOLossType
+from preftune.schema import RowKind
 
 Layout = Literal["shared_prefix", "concatenated", "separate"]
 ForwardLayout = Literal["auto", "shared_prefix", "concatenated", "separate"]
 _SYNC_DEFAULTS = {"reference_mixup_alpha": 0.6, "reference_sync_steps": 512}
 PACKED_ONLY = ("varlen", "flex")
 """Values of `attn_implementation` that padded pairs cannot have."""
+
+
+ONLY_WITH_PAIRS = (
+    "loss_type",
+    "loss_weights",
+    "sft_weight",
+    "sft_reduction",
+    "ld_alpha",
+    *KNOBS,
+    "reference_model_name_or_path",
+    "reference_model_revision",
+    "sync_reference",
+    "reference_mixup_alpha",
+    "reference_sync_steps",
+    "concatenated_forward",
+)
+"""What stage dpo alone reads of this section."""
 
 
 def layout_problems(wanted_layout: ForwardLayout, attn_implementation: str) -> list[Problem]:
@@ -28,6 +47,33 @@ def layout_problems(wanted_layout: ForwardLayout, attn_implementation: str) -> l
         others = ("forward_layout", "concatenated_forward")
         return [Problem("attn_implementation", attn_implementation, message, others)]
     return []
+
+
+def stage_problems(config: "DPOConfig") -> list[Problem]:
+    """The problems of settings that a stage without pairs does not read."""
+    found = []
+    defaults = {field.name: field.default for field in fields(DPOConfig)}
+    for key in ONLY_WITH_PAIRS:
+        if (value := getattr(config, key)) != defaults[key]:
+            message = f"stage {config.stage} does not read it, only dpo does: leave it out"
+            found.append(Problem(key, value, message, ("stage",)))
+    if config.forward_layout == "separate":
+        message = f"stage {config.stage} has one answer a row, so there are no sides to part: take "
+        message += "auto or concatenated"
+        found.append(Problem("forward_layout", "separate", message, ("stage",)))
+    return found
+
+
+def fill_knobs(config: "DPOConfig") -> None:
+    """Give knobs that are unset the default of the losses, where these have one in common."""
+    given, defaults = dict(vars(config)), {}
+    for loss in config.loss_types:
+        spec = LOSS_SPECS.get(loss)  # None only while a wrong name awaits its report
+        for name, default in spec.applying(given).items() if spec else ():
+            defaults.setdefault(name, set()).add(default)
+    for name, values in defaults.items():
+        if getattr(config, name) is None and len(values) == 1:
+            setattr(config, name, values.pop())
 
 
 def knob_problems(config: "DPOConfig") -> list[Problem]:
@@ -133,9 +179,9 @@ def length_problems(config: "DPOConfig") -> list[Problem]:
 class LossChoice:
     """The loss, ahead of its knobs."""
 
-    loss_type: DPOLossType | list[DPOLossType] = DPOLossType.DPO
-    """The loss, or a list of losses to sum, which share the knobs that are given. docs/losses.md
-    has each one's formula, source, settings and curves."""
+    loss_type: DPOLossType | list[DPOLossType] | None = None
+    """The loss of stage dpo, or a list of losses to sum, which share the knobs that are given.
+    docs/losses.md has each one's formula, source, settings and curves. Unset: dpo."""
 
     loss_weights: list[float] | None = None
     """One weight above 0 for each loss of `loss_type`. Unset: 1 each."""
@@ -155,7 +201,7 @@ class LossChoice:
 
 
 @dataclass(kw_only=True)
-class DPOConfig(LossKnobs, LossChoice, Section):
+class DPOConfig(LossKnobs, LossChoice, StageChoice, Section):
     """The loss. A knob left unset takes the default of the chosen loss."""
 
     load_balancing_weight: float = 0.0
@@ -194,16 +240,13 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     def __post_init__(self) -> None:
         """Fill the knobs of the chosen loss; where several differ, each keeps its own default."""
+        if self.stage != "dpo":
+            return  # there is no loss to choose
+        if self.loss_type is None:
+            self.loss_type = DPOLossType.DPO
         if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
             self.loss_type = self.loss_type[0]
-        given, defaults = dict(vars(self)), {}
-        for loss in self.loss_types:
-            spec = LOSS_SPECS.get(loss)  # None only while a wrong name awaits its report
-            for name, default in spec.applying(given).items() if spec else ():
-                defaults.setdefault(name, set()).add(default)
-        for name, values in defaults.items():
-            if getattr(self, name) is None and len(values) == 1:
-                setattr(self, name, values.pop())
+        fill_knobs(self)
         if self.sync_reference:
             for name, default in _SYNC_DEFAULTS.items():
                 if getattr(self, name) is None:
@@ -211,8 +254,10 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     @property
     def loss_types(self) -> list[DPOLossType]:
-        """The losses that are summed."""
-        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        """The losses that are summed; none but in stage dpo."""
+        if self.loss_type is None or isinstance(self.loss_type, list):
+            return self.loss_type or []
+        return [self.loss_type]
 
     @property
     def wanted_layout(self) -> ForwardLayout:
@@ -256,6 +301,13 @@ class DPOConfig(LossKnobs, LossChoice, Section):
         """Whether a loss trains on single labelled answers: then pairs are taken apart."""
         return any(LOSS_SPECS[loss].unpaired for loss in self.loss_types)
 
+    @property
+    def row_kind(self) -> RowKind:
+        """What the rows of the data are read as."""
+        if self.stage == "sft":
+            return "supervised"
+        return "labelled" if self.unpaired else "pairs"
+
     def knobs_of(self, loss: DPOLossType) -> dict[str, float | str]:
         """The knobs of one of the losses: those given, and its defaults.
 
@@ -268,6 +320,8 @@ class DPOConfig(LossKnobs, LossChoice, Section):
 
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
+        if self.stage != "dpo":
+            return stage_problems(self)
         found = [*weight_problems(self), *length_problems(self), *knob_problems(self)]
         found += [*sync_problems(self), *reference_problems(self)]
         if self.concatenated_forward is not None and self.forward_layout != "auto":

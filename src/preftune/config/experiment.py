@@ -1,22 +1,26 @@
 """The configuration of `preftune train`."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from preftune.config.checkpoint import CheckpointConfig
 from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import DatasetConfig
 from preftune.config.distributed import DistributedConfig
-from preftune.config.dpo import DPOConfig, layout_problems
+from preftune.config.dpo import ONLY_WITH_PAIRS, DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
-from preftune.config.model import ModelConfig, another_model
+from preftune.config.model import ModelConfig, another_model, gguf_problems
 from preftune.config.optimizers import placement_problems
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
 from preftune.config.training import TrainingConfig, precision_problems
+
+UNREAD_COLUMNS = {"dpo": ("messages",), "sft": ("chosen", "rejected", "label", "margin")}
+"""Keys of `column_map` that a stage has no use for."""
 
 
 @dataclass(kw_only=True)
@@ -64,9 +68,14 @@ class ExperimentConfig(
             else:
                 self.eval_strategy = "epoch" if self.has_eval_data else "never"
 
+    def unread(self) -> Collection[str]:
+        """What belongs to another stage."""
+        return () if self.stage == "dpo" else ONLY_WITH_PAIRS
+
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other, or that nothing reads."""
-        found = layout_problems(self.wanted_layout, self.attn_implementation)
+        found = self._column_problems()
+        found += layout_problems(self.wanted_layout, self.attn_implementation)
         found += precision_problems(self.dtype, self.mixed_precision)
         if self.data_seed is not None and not self.shuffle:
             message = "shuffle is false, so there is no order to choose: leave it out"
@@ -75,6 +84,7 @@ class ExperimentConfig(
         found += self._best_metric_problems()
         found += self._adapter_problems()
         found += self._engine_problems()
+        found += self._quantization_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -90,6 +100,15 @@ class ExperimentConfig(
             Problem(key, value, message, others)
             for key, value in settings.items()
             if value is not None
+        ]
+
+    def _column_problems(self) -> list[Problem]:
+        """Of columns that another stage reads."""
+        unread = UNREAD_COLUMNS[self.stage]
+        return [
+            Problem("column_map", self.column_map, f"stage {self.stage} does not read {name!r}")
+            for name in self.column_map or {}
+            if name in unread
         ]
 
     def _engine_problems(self) -> list[Problem]:
@@ -141,6 +160,38 @@ class ExperimentConfig(
             )
             others = ("sequence_parallel_size",)
             found.append(Problem("lora_dropout", self.lora_dropout, message, others))
+        return found
+
+    def _quantization_problems(self) -> list[Problem]:
+        """Of what does not go with weights in 4 or 8 bits."""
+        key, name = "reference_model_name_or_path", self.reference_model_name_or_path
+        found = gguf_problems(self, key, name)
+        if not self.is_quantized:
+            return found
+        bits = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if not self.use_lora:
+            message = "quantised weights cannot train: add use_lora true, or leave it out"
+            found.append(Problem(bits, True, message, ("use_lora",)))
+        if self.shards_weights:
+            message = (
+                f"{self.engine} cuts the weights over the devices, and packed ones cannot be cut "
+                "row by row: leave out fsdp, or take zero_stage 2 or less; each device then holds "
+                "all of the quantised model"
+            )
+            found.append(Problem(bits, True, message, ("fsdp", "zero_stage")))
+        if (self.init_lora_weights or "").startswith("pissa"):
+            message = (
+                f"{bits} is true, and what pissa takes out of a weight, a quantised one cannot "
+                "give up: leave it out"
+            )
+            found.append(Problem("init_lora_weights", self.init_lora_weights, message, (bits,)))
+        if self.bnb_4bit_compute_dtype == "float16" and self.mixed_precision != "fp16":
+            message = (
+                f"mixed_precision is {self.mixed_precision}, under which no loss scale keeps "
+                "small fp16 gradients from vanishing: leave it out, or set mixed_precision fp16"
+            )
+            others = ("mixed_precision",)
+            found.append(Problem("bnb_4bit_compute_dtype", "float16", message, others))
         return found
 
     def _best_metric_problems(self) -> list[Problem]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from preftune.config.optimizers import fill_unset, optimizer_problems
 from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
+from preftune.config.stage import StageChoice
 from preftune.config.typed import AlsoSpelled
 
 MixedPrecision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], AlsoSpelled(no="fp32")]
@@ -20,6 +21,7 @@ Schedule = Literal[
     "wsd",
 ]
 _WITHOUT_WARMUP = ("constant",)
+_LEARNING_RATES = {"dpo": 5e-7, "sft": 2e-5}
 OptimizerName = Annotated[
     Literal[
         "adamw",
@@ -42,11 +44,8 @@ OptimizerName = Annotated[
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Section):
+class TrainingConfig(StageChoice, Section):
     """Length, batch size, learning rate and optimizer."""
-
-    stage: Literal["dpo"] = "dpo"
-    """What kind of training. dpo: on pairs, with a loss of the DPO family."""
 
     num_epochs: float | None = None
     """Passes over the training pairs, above 0; may be a fraction. Unset: 1, unless
@@ -78,8 +77,9 @@ class TrainingConfig(Section):
     this times `per_device_train_batch_size` times the number of devices (of groups of devices:
     `sequence_parallel_size`)."""
 
-    learning_rate: float = 5e-7
-    """Highest learning rate of the schedule, above 0."""
+    learning_rate: float | None = None
+    """Highest learning rate of the schedule, above 0. Unset: that of full fine-tuning, 5e-7 for
+    stage dpo and 2e-5 for sft; adapters (`use_lora`) take about ten times as much."""
 
     lr_scheduler_type: Schedule = "linear"
     """How the learning rate changes after warm-up. wsd: warm-up, stable, decay."""
@@ -131,7 +131,9 @@ class TrainingConfig(Section):
     """Take the pairs in a new random order each epoch. false: in the order of the dataset."""
 
     def __post_init__(self) -> None:
-        """Fill length, warm-up and the optimizer's numbers where unset."""
+        """Fill learning rate, length, warm-up and the optimizer's numbers where unset."""
+        if self.learning_rate is None:
+            self.learning_rate = _LEARNING_RATES[self.stage]
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 1.0
         no_warmup_given = self.warmup_ratio is None and self.warmup_steps is None
@@ -139,6 +141,12 @@ class TrainingConfig(Section):
             self.warmup_ratio = 0.1
         fill_unset(self)
         self.max_grad_norm = self.max_grad_norm or None  # one form of "off"
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, which is never unset in a configuration that exists."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
     @property
     def eval_rows(self) -> int | None:
@@ -229,6 +237,6 @@ def _warmup_problems(section: TrainingConfig) -> list[Problem]:
 def _rate_problems(section: TrainingConfig) -> list[Problem]:
     found = below("weight_decay", section.weight_decay, 0, "it must be 0 (off) or more")
     found += below("max_grad_norm", section.max_grad_norm, 0, "it must be above 0, or 0 for off")
-    if section.learning_rate <= 0:
+    if section.peak_rate <= 0:
         found.append(Problem("learning_rate", section.learning_rate, "it must be above 0"))
     return found

@@ -106,7 +106,7 @@ def read_as(value: Any, kinds: tuple[Any, ...]) -> Any:
         return value
     if not _may_be_read(value, plain):
         raise ValueError
-    if enum:
+    if enum and value is not None:
         return enum(value)  # jsonargparse knows members by name, users by value
     try:
         read = _parser_of(plain).parse_object({"value": value}, defaults=False)["value"]

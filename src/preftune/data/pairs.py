@@ -23,7 +23,7 @@ from preftune.data.tokenized import Progress, Recipe, Tokenized, tokenize_source
 from preftune.data.transforms import RowTransforms, load_transforms
 from preftune.data.truncate import Limits
 from preftune.errors import ConfigError, DataError, Findings
-from preftune.schema import TokenizedExample
+from preftune.schema import RowKind, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ def load_pairs(
     hub: HubCache | None = None,
     num_proc: int = 1,
     progress: Progress | None = None,
-    unpaired: bool = False,
+    kind: RowKind = "pairs",
 ) -> PairDataset:
     """Read, check and tokenise pairs from one source or a mix of several.
 
@@ -168,8 +168,9 @@ def load_pairs(
         hub: where else to look for tokenised sources, and to put what is made.
         num_proc: processes that tokenise.
         progress: called now and then with (rows done, rows in all or None).
-        unpaired: make each answer a row of its own, counted and drawn by itself: rows of
-            {prompt, completion, label} as they are, and pairs taken apart.
+        kind: what rows are read as. labelled: each answer is a row of its own, counted and drawn
+            by itself, rows of {prompt, completion, label} as they are and pairs taken apart;
+            supervised: rows of {messages} or {prompt, completion}.
 
     Raises:
         DataError: a source or a row cannot be read, too many rows are untrainable, or none is
@@ -182,7 +183,7 @@ def load_pairs(
         raise ConfigError(f"max_rows is {max_rows}; set it to 1 or more, or leave it out")
     wanted = [(sources, None)] if isinstance(sources, str) else list(sources)
     opened, row_functions = _open_all([name for name, _ in wanted], split, transforms)
-    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions, unpaired)
+    recipe = Recipe(tokenizer, dict(column_map or {}), row_functions, kind)
     totals = [source.total for source in opened]
     total = None if None in totals or max_rows is not None else sum(t or 0 for t in totals)
     parts: list[_Part] = []

@@ -13,6 +13,7 @@ class DropReason(StrEnum):
     NOT_A_PREFIX = "not_a_prefix"
     PROMPT_REPEATED = "prompt_repeated"
     LAST_NOT_ASSISTANT = "last_not_assistant"
+    NO_ASSISTANT_TURN = "no_assistant_turn"
     STOP_TOKEN_INSIDE = "stop_token_inside"
     USER_TURN_IN_ANSWER = "user_turn_in_answer"
     TEMPLATE_REFUSED = "template_refused"
@@ -48,6 +49,7 @@ MEANING: dict[DropReason, str] = {
         "stand there twice: take it out of the answers"
     ),
     DropReason.LAST_NOT_ASSISTANT: "the last message of an answer is not the assistant's",
+    DropReason.NO_ASSISTANT_TURN: "no message is the assistant's, so there is nothing to learn",
     DropReason.STOP_TOKEN_INSIDE: "an answer holds the stop token before its end",
     DropReason.USER_TURN_IN_ANSWER: "a text answer goes on with a turn of the human",
     DropReason.TEMPLATE_REFUSED: "the chat template raised an error on these messages",

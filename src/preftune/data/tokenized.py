@@ -32,7 +32,7 @@ from preftune.data.tokenize import PairTokenizer
 from preftune.data.transforms import RowTransforms
 from preftune.errors import CacheError, DataError
 from preftune.files import replacing, write_atomically
-from preftune.schema import Example, TokenizedExample
+from preftune.schema import Example, RowKind, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +67,8 @@ class Recipe:
     tokenizer: "PreTrainedTokenizerBase"
     column_map: Mapping[str, str]
     transforms: RowTransforms
-    unpaired: bool = False
-    """Whether each answer is a row of its own; see `data.formats.parse_answers`."""
+    kind: RowKind = "pairs"
+    """What rows are read as; see `data.formats`."""
 
     def key(self, source: Source, max_rows: int | None) -> str:
         """Name of the folder that holds the tokens of `source`."""
@@ -77,7 +77,7 @@ class Recipe:
             "max_rows": max_rows,
             "columns": dict(self.column_map),
             "transforms": self.transforms.fingerprint,
-            "unpaired": self.unpaired,
+            "kind": self.kind,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "code": _code_fingerprint(),
         }
@@ -106,9 +106,10 @@ class Recipe:
     def _parsed(
         self, row_id: str, raw: dict[str, Any], dataset: str, column_map: Mapping[str, str]
     ) -> list[Example | Dropped]:
-        if self.unpaired:
+        if self.kind == "labelled":
             return parse_answers(row_id, raw, dataset=dataset, column_map=column_map)
-        return [parse_row(row_id, raw, dataset=dataset, column_map=column_map)]
+        kind = self.kind
+        return [parse_row(row_id, raw, dataset=dataset, column_map=column_map, kind=kind)]
 
 
 def tokenize_source(

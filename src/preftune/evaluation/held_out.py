@@ -59,7 +59,9 @@ def evaluate_pairs(
         if progress is not None:
             progress(min(done, num_pairs), num_pairs)
     model.train(was_training)
-    slots = torch.tensor([row for rows in mine for row in rows], device=runtime.device)
+    # The type is given, because a rank may have no rows.
+    own = [row for rows in mine for row in rows]
+    slots = torch.tensor(own, dtype=torch.int64, device=runtime.device)
     logps = gathered(parts, slots, num_pairs, runtime.sum_shares)
     output = objective.output(logps, running=running)
     sums = MetricSums()

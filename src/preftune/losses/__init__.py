@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from preftune.losses.base import Loss, PairLogps, PairLoss
     from preftune.losses.combined import Combined, combine
     from preftune.losses.make import make_loss
+    from preftune.losses.supervised import AnswerLogps, NegativeLogLikelihood
     from preftune.losses.unpaired import CompletionLogps, CompletionLoss, UnpairedLoss
 
 __all__ = [
     "KNOBS",
     "LOSS_SPECS",
+    "AnswerLogps",
     "Combined",
     "CompletionLogps",
     "CompletionLoss",
     "DPOLossType",
     "Loss",
+    "NegativeLogLikelihood",
     "PairLogps",
     "PairLoss",
     "UnpairedLoss",
@@ -48,6 +51,8 @@ _HOMES = {spec.class_name: loss.value for loss, spec in LOSS_SPECS.items()} | {
     "CompletionLogps": "unpaired",
     "CompletionLoss": "unpaired",
     "UnpairedLoss": "unpaired",
+    "AnswerLogps": "supervised",
+    "NegativeLogLikelihood": "supervised",
     "Combined": "combined",
     "combine": "combined",
     "make_loss": "make",

@@ -34,8 +34,8 @@ class AOTUnpaired(Loss):
     Deviates: TRL sorts each micro-batch of each rank by itself; here it is the global batch.
     ε is TRL's.
 
-    Settings: β 0.01 in the paper (figure 2), 0.1 here as for dpo (docs/learning.md); learning rate
-    as for dpo (ours: the paper names none); large global batches.
+    Settings: β 0.01 in the paper (figure 2), 0.3 here (docs/learning.md); learning rate as for dpo
+    (ours: the paper names none); large global batches.
 
     Curves: as dpo's; the batch, not the pair, is brought into order, so accuracy follows
     more slowly.

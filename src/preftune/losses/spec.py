@@ -209,7 +209,7 @@ LOSS_SPECS: dict[DPOLossType, LossSpec] = {
     DPOLossType.AOT_UNPAIRED: LossSpec(
         "AOTUnpaired",
         "DPO's loss between sorted log-ratios of chosen and rejected, over the whole batch",
-        {"beta": 0.1, **_SMOOTHING},
+        {"beta": 0.3, **_SMOOTHING},
         needs_global_batch=True,
     ),
     DPOLossType.BETA_DPO: LossSpec(

@@ -2,16 +2,20 @@
 
 adapter_config.json           what the adapter is, and the base it belongs to
 adapter_model.safetensors     its numbers
+preftune.json                 how its base was quantised, where it was: that is part of what was
+                              trained, and PEFT's format has no place for it
 """
 
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -19,12 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from preftune.config.model import QUANTIZATION, ModelConfig
+from preftune.config.typed import reader_of
 from preftune.errors import ModelError
 
 ADAPTER = "default"
 """The name that an adapter has inside a model."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "preftune.json"
 PREFIX = "base_model.model."
 """What PEFT's files put in front of the model's own names."""
 
@@ -137,6 +144,38 @@ def moves_base(init: object) -> bool:
     return isinstance(init, str) and init.startswith("pissa")
 
 
+def base_record(name: str, revision: str | None, key: str) -> dict[str, Any]:
+    """How the base of an adapter was quantised, and its dtype, as options; empty: not, or unknown.
+
+    Args:
+        name: see `adapter_folder`.
+        revision: of it, on the Hub.
+        key: the option that named it.
+
+    Raises:
+        ModelError: what the file says cannot be read.
+    """
+    file = adapter_folder(name, revision, key) / RECORD_FILE
+    if not Path(name).expanduser().is_dir():
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, RECORD_FILE, revision=revision)
+    if not file.is_file():
+        return {}
+    reader = reader_of(ModelConfig)
+    try:
+        given = json.loads(file.read_text("utf-8"))["base"]
+        if other := set(given) - {*QUANTIZATION, "dtype"}:
+            raise ValueError(f"{min(other)} is not known")
+        record = {field: reader.read(field, value) for field, value in given.items()}
+        if problems := ModelConfig(model_name_or_path=name, **record).problems():
+            raise ValueError(str(problems[0]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{key} is {name!r}: its {RECORD_FILE} cannot be read ({error})"
+        ) from error
+    return record
+
+
 def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes in an adapter's file, by the model's own names; reads no numbers."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -170,6 +209,7 @@ def write_adapter(
     taken: Mapping[str, Tensor],
     base: str,
     revision: str | None,
+    record: Mapping[str, Any],
 ) -> torch.dtype:
     """Write the two files, so that they are right beside the base as its own files have it.
 
@@ -180,6 +220,7 @@ def write_adapter(
         taken: what the base gave up to the adapter at its start, see `Adapter.taken`.
         base: name of the base.
         revision: of it, on the Hub.
+        record: how it was quantised, see `base_record`; empty where it was not.
 
     Returns:
         The dtype of the numbers.
@@ -197,6 +238,8 @@ def write_adapter(
     config.save_pretrained(folder)
     contiguous = {PREFIX + name: t.to(dtype).contiguous() for name, t in numbers.items()}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if record:
+        (folder / RECORD_FILE).write_text(json.dumps({"base": dict(record)}, indent=2) + "\n")
     return dtype
 
 

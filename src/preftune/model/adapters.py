@@ -6,7 +6,7 @@ backbone, its head and its attention are found where they were.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -117,12 +118,15 @@ def skeleton(model_config: PreTrainedConfig, *, trust_remote_code: bool) -> PreT
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
-def check_adapter(lora: LoRAConfig, model: PreTrainedModel) -> None:
+def check_adapter(
+    lora: LoRAConfig, model: PreTrainedModel, quantized: Set[str] = frozenset()
+) -> None:
     """Refuse an adapter that the model cannot have.
 
     Args:
         lora: what is asked for.
         model: see `skeleton`; gets the adapter's layers.
+        quantized: its layers that will be quantised.
 
     Raises:
         ConfigError: names that are none of its layers, or layers that cannot have one.
@@ -130,8 +134,15 @@ def check_adapter(lora: LoRAConfig, model: PreTrainedModel) -> None:
     """
     config = peft_config(lora)
     targets = _check_targets(model, config)
-    _check_whole_layers(model, config.modules_to_save)
+    _check_whole_layers(model, config.modules_to_save, quantized)
     if moves_base(config.init_lora_weights):
+        if quantized:
+            raise ModelError(
+                f"{_KEY} is {lora.adapter_name_or_path!r}, an adapter that began with pissa: what "
+                "that takes out of a weight, a quantised one cannot give up; leave out "
+                "load_in_4bit and load_in_8bit, or save the adapter as a plain LoRA (peft's "
+                "save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         _check_rank(config, targets)
     inject(model, config, seed=0)
     if lora.adapter_name_or_path is not None:
@@ -180,7 +191,9 @@ def _matching(pattern: str, named: Mapping[str, nn.Module]) -> list[str]:
         ) from error
 
 
-def _check_whole_layers(model: PreTrainedModel, wanted: list[str] | None) -> None:
+def _check_whole_layers(
+    model: PreTrainedModel, wanted: list[str] | None, quantized: Set[str]
+) -> None:
     names = [name for name, _ in model.named_modules() if name]
     tied = _tied_layers(model)
     for end in wanted or ():
@@ -189,6 +202,11 @@ def _check_whole_layers(model: PreTrainedModel, wanted: list[str] | None) -> Non
             raise _unknown("modules_to_save", end, names)
         if both := tied.intersection(meant):
             raise _is_tied("modules_to_save", min(both))
+        if packed := [n for n in quantized if any(f"{n}.".startswith(f"{m}.") for m in meant)]:
+            raise ConfigError(
+                f"modules_to_save names {end!r}, and {min(packed)} is quantised, so that it "
+                "cannot train whole; leave it out: an adapter trains there"
+            )
 
 
 def _check_rank(config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
@@ -308,6 +326,11 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """PEFT's layers, by the names of those whose places they took."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
+def whole_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's wrappers of layers that train whole, by name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:

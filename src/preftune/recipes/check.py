@@ -16,6 +16,7 @@ from preftune.distributed.runtime import resolve_precision
 from preftune.distributed.sequence import num_groups
 from preftune.errors import Findings
 from preftune.recipes.dpo import count_steps
+from preftune.recipes.lint import risky_settings
 from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import (
     look_at_cache,
@@ -52,7 +53,7 @@ def check(config: ExperimentConfig) -> str:
     else:
         with findings:
             pairs = load_experiment_pairs(*found, ProgressDisplay("none"))
-            lengths = _describe_run(config, pairs.train)
+            lengths = _describe_run(found[0], pairs.train)
     findings.raise_all()
     assert start is not None  # or there was a finding
     assert pairs is not None
@@ -84,7 +85,7 @@ def _describe_data(pairs: Pairs) -> list[str]:
 
 
 def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
-    """Batch size, steps and tokens.
+    """Batch size, steps, tokens, and what is known to break.
 
     Raises:
         ConfigError: the warm-up would take all steps, or the processes do not make groups.
@@ -109,6 +110,7 @@ def _describe_run(config: ExperimentConfig, train: PairDataset) -> list[str]:
         f"({tokens} an epoch)",
         f"tokens of {side}: median {int(np.median(lengths))}, longest {lengths.max()}",
         *over_budget(config, train),
+        *risky_settings(config, steps / an_epoch),
     ]
 
 

@@ -94,7 +94,8 @@ class _Inspection:
         self._display = display
         self._tokenizer = tokenizer
         transforms = load_transforms(config.dataset_transforms or ())
-        self._recipe = Recipe(tokenizer, dict(config.column_map or {}), transforms, config.unpaired)
+        columns = dict(config.column_map or {})
+        self._recipe = Recipe(tokenizer, columns, transforms, config.row_kind)
         self._pairs = pairs
         self._titles = {
             label: f"held out as {label}" if label else "held out" for label in pairs.held_out

@@ -1,7 +1,7 @@
 """From options to the loss."""
 
 from preftune.config.dpo import DPOConfig
-from preftune.losses import Loss, UnpairedLoss, combine, make_loss
+from preftune.losses import Loss, NegativeLogLikelihood, UnpairedLoss, combine, make_loss
 
 
 def describe_sync(config: DPOConfig, num_steps: int) -> list[str]:
@@ -22,12 +22,14 @@ def describe_sync(config: DPOConfig, num_steps: int) -> list[str]:
     return said
 
 
-def loss_of(config: DPOConfig) -> Loss | UnpairedLoss:
+def loss_of(config: DPOConfig) -> Loss | UnpairedLoss | NegativeLogLikelihood:
     """The loss, or the sum of losses, that a run minimises.
 
     Args:
         config: checked.
     """
+    if config.stage == "sft":
+        return NegativeLogLikelihood()
     losses = [make_loss(loss, **config.knobs_of(loss)) for loss in config.loss_types]
     on_pairs = [loss for loss in losses if isinstance(loss, Loss)]
     if len(on_pairs) < len(losses):

@@ -22,6 +22,7 @@ from preftune.data.table import TokenRows
 from preftune.errors import ConfigError, DataError, Findings, ModelError
 from preftune.model.load import load_model_config, load_tokenizer, model_commit
 from preftune.model.rope import longest_sequence
+from preftune.schema import RowKind
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.training.run_folder import check_writable
 
@@ -100,7 +101,7 @@ def margin_use(config: DPOConfig, dataset: PairDataset) -> list[str]:
         DataError: the loss reads margins, and a row has none.
     """
     has_one = ~np.isnan(dataset.examples.margins)
-    losses = ", ".join(loss.value for loss in config.loss_types)
+    losses = ", ".join(loss.value for loss in config.loss_types) or f"stage {config.stage}"
     if not config.reads_margin:
         number = int(has_one.sum())
         unread = f"{number} rows of {dataset.name} have a margin, which {losses} does not read"
@@ -191,7 +192,7 @@ def _load_all(
             context=context,
             max_rows=config.max_train_samples,
             seed=config.seed,
-            unpaired=config.unpaired,
+            kind=config.row_kind,
         )
     for label, name in config.eval_sources.items():
         with findings:
@@ -202,7 +203,7 @@ def _load_all(
                 [(name, None)],
                 config.eval_split or "test",
                 context=context,
-                unpaired=config.unpaired,
+                kind=config.row_kind,
             )
     findings.raise_all()
     assert train is not None  # or there was a finding
@@ -219,7 +220,7 @@ def load_dataset_pairs(
     context: int | None,
     max_rows: int | None = None,
     seed: int = 0,
-    unpaired: bool = False,
+    kind: RowKind = "pairs",
 ) -> PairDataset:
     """Read, check and tokenise one dataset, or a mix of several, and say what was kept."""
     for name, _ in sources:
@@ -247,7 +248,7 @@ def load_dataset_pairs(
             hub=HubCache() if config.dataset_cache_mode == "hub" else None,
             num_proc=config.num_proc or 1,
             progress=counting(update),
-            unpaired=unpaired,
+            kind=kind,
         )
     display.say(describe_counts(dataset))
     return dataset

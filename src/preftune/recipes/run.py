@@ -147,6 +147,7 @@ class Run:
             self.runtime.device,
             self._columns(examples),
             examples.num_scored[:, 0] if self.config.reads_mean_length else None,
+            examples.num_scored[:, 0] if self.config.row_kind == "supervised" else None,
         )
 
     def _columns(self, examples: TokenRows) -> dict[str, Tensor]:
@@ -232,8 +233,8 @@ class Run:
         )
         positions = num_positions(heaviest, micro_batching.sizes, self.layout.name)
         self.display.say(
-            f"the heaviest micro-batch ({len(heaviest)} pairs, {positions} tokens) fits: "
-            f"{peak_memory_gib(runtime.device):.1f} GiB at most so far"
+            f"the heaviest micro-batch ({len(heaviest)} {self.pairs.train.unit}, {positions} "
+            f"tokens) fits: {peak_memory_gib(runtime.device):.1f} GiB at most so far"
         )
 
     def begin(self, state: TrainState, batcher: RowBatcher) -> MetricsFile:

@@ -34,7 +34,12 @@ from preftune.training.step import TrainState, train_step
 
 SHOWN_ROWS = 8
 GOES_ON = "; the same command with that goes on from the last checkpoint"
-SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+SHOWN = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+}
 
 
 @dataclass
@@ -109,7 +114,8 @@ class TrainingLoop:
 
     def _one_step(self, micro_batches: Sequence[LaidOut]) -> None:
         step = self.state.step
-        num_rows = len(self.sampler.batch(step))
+        batch = self.sampler.batch(step)
+        num_rows = len(batch)
         num_tokens = self.state.num_tokens
         with self._explained(micro_batches):
             train_step(
@@ -119,6 +125,7 @@ class TrainingLoop:
                 self.runtime,
                 num_rows=num_rows,
                 learning_rate=self.schedule(step),
+                num_terms=self.batcher.num_terms(batch),
                 max_skipped=self.config.allowed_skips,
             )
         self._unchecked[step + 1] = num_tokens, self.state.num_skipped
@@ -213,11 +220,12 @@ class TrainingLoop:
             means |= {"loss_scale": scale["value"], "overflow_steps": scale["num_skipped"]}
         num_tokens = int(self.state.num_tokens)
         seconds = time.perf_counter() - self._window_began
+        unit = "pairs" if self.config.stage == "dpo" else "rows"
         record = {
             **means,
             "epoch": self.sampler.epoch_at(self.state.step),
             "num_tokens": num_tokens,
-            "perf/pairs_per_second": self._window_pairs / seconds,
+            f"perf/{unit}_per_second": self._window_pairs / seconds,
             "perf/tokens_per_second": (num_tokens - self._window_tokens_before) / seconds,
             "perf/step_seconds": seconds / self._window_steps,
             "perf/peak_memory_gib": peak_memory_gib(self.runtime.device),
@@ -298,7 +306,7 @@ class TrainingLoop:
             f"{describe_fault(row_ids, losses)}. Its rows: {', '.join(row_ids)}. "
             "The state from before that step is saved in "
             f"checkpoints/step-{bad_step - 1:08d}; look at those rows, lower learning_rate "
-            f"({self.config.learning_rate:g}), or {remedy}"
+            f"({self.config.peak_rate:g}), or {remedy}"
         )
 
     def row_ids(self, step: int) -> list[str]:

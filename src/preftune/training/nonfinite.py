@@ -38,7 +38,8 @@ def losses_alone(
         logps = objective.rows(state.model, batcher(own))
         if own:
             output = objective.output(logps, running=state.running)
-            losses[index] = output.metrics["loss"].total
+            loss = output.metrics["loss"]
+            losses[index] = loss.total / loss.count
     return runtime.sum_shares(losses).tolist()
 
 

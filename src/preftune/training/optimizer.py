@@ -46,7 +46,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, seed: int = 0) -> O
         config: which optimizer, and its numbers.
         seed: of stochastic rounding.
     """
-    rate = config.learning_rate
+    rate = config.peak_rate
     rounding = StochasticRounding(seed) if config.stochastic_rounding else None
     groups = _groups(model, config)
     match config.optimizer:
@@ -106,11 +106,11 @@ def make_schedule(config: TrainingConfig, num_steps: int) -> Schedule:
         name = "warmup_stable_decay"
         options["num_decay_steps"] = max(1, round(num_steps * _DECAY_SHARE))
     parameter = nn.Parameter(torch.zeros(()))
-    throwaway = torch.optim.SGD([parameter], lr=config.learning_rate)
+    throwaway = torch.optim.SGD([parameter], lr=config.peak_rate)
     scheduler = get_scheduler(name, throwaway, num_warmup, num_steps, options)
     assert isinstance(scheduler, LambdaLR)  # all of the names above make one
     factor = scheduler.lr_lambdas[0]
-    return lambda step: config.learning_rate * float(factor(step))
+    return lambda step: config.peak_rate * float(factor(step))
 
 
 def warmup_steps(config: TrainingConfig, num_steps: int) -> int:

@@ -107,11 +107,12 @@ def train_step(
     *,
     num_rows: int,
     learning_rate: float,
+    num_terms: int | None = None,
     max_skipped: int = 0,
 ) -> None:
     """Train on one global batch.
 
-    The gradient is that of sum(loss) / count over the pairs of all micro-batches of all ranks, so
+    The gradient is that of sum(loss) / count over the rows of all micro-batches of all ranks, so
     it does not depend on how the batch was dealt. Nothing here makes the host wait for the device.
 
     Args:
@@ -121,10 +122,13 @@ def train_step(
         runtime: the ranks.
         num_rows: rows of the global batch, all ranks' together.
         learning_rate: of this step.
+        num_terms: what the sum is divided by, all ranks' together: the tokens of the answers where
+            the loss is a mean over those. None: the rows.
         max_skipped: batches of the run that are left out if their loss or gradient is not finite.
             A batch that is left out changes nothing but the counters.
     """
     engine, scale = state.engine, state.loss_scale
+    num_terms = num_terms or num_rows
     # By `world_size`, see below: what fp16 holds of a row's gradient is the same on any number.
     engine.loss_scale = None if scale is None else scale.value / runtime.world_size
     engine.model.train()
@@ -137,7 +141,7 @@ def train_step(
         with engine.accumulate(is_last=number == len(micro_batches)):
             output = objective(engine.model, micro_batch, batch=batch, running=state.running)
             # Engines average gradients over ranks: world_size turns the average into the sum.
-            engine.backward(output.loss_sum * (runtime.world_size / num_rows))
+            engine.backward(output.loss_sum * (runtime.world_size / num_terms))
         loss_sum += output.metrics["loss"].total
         running = output.running
         for name, metric in output.metrics.items():

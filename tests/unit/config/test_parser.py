@@ -9,7 +9,7 @@ from preftune.config.quickstart import QuickstartConfig
 from preftune.errors import ConfigError
 from preftune.losses.spec import DPOLossType
 
-LOSSES = f"{', '.join(DPOLossType)} or a list of them"
+LOSSES = f"{', '.join(DPOLossType)}, a list of them or null"
 NEEDED = ("--model_name_or_path", "m", "--dataset_name", "d")
 
 
@@ -126,7 +126,7 @@ MISTAKES = {
     "wrong_type": (
         "seed: 1\n\nlearning_rate: abc\n",
         "",
-        ["config.yaml line 3: learning_rate is 'abc'; it must be a finite number such as 5e-07"],
+        ["config.yaml line 3: learning_rate is 'abc'; it must be a finite number or null"],
     ),
     "beta_zero": (
         None,
@@ -143,7 +143,7 @@ MISTAKES = {
         "--learning_rate nan",
         [
             "config.yaml line 1: num_epochs is '.nan'; it must be a finite number or null",
-            "command line: --learning_rate is 'nan'; it must be a finite number such as 5e-07",
+            "command line: --learning_rate is 'nan'; it must be a finite number or null",
         ],
     ),
     "epochs_and_steps": (
@@ -204,8 +204,7 @@ MISTAKES = {
         "learning_rate: 5e-7x\nnum_epochs: .inf\nmax_grad_norm: 1e999\n",
         "",
         [
-            "config.yaml line 1: learning_rate is '5e-7x'; it must be a finite number such as "
-            "5e-07",
+            "config.yaml line 1: learning_rate is '5e-7x'; it must be a finite number or null",
             "config.yaml line 2: num_epochs is '.inf'; it must be a finite number or null",
             "config.yaml line 3: max_grad_norm is '1e999'; it must be a finite number such as 1.0 "
             "or null",
@@ -236,7 +235,7 @@ MISTAKES = {
             "twice; keep one",
         ],
     ),
-    "stage": ("stage: sft\n", "", ["config.yaml line 1: stage is 'sft'; it must be dpo"]),
+    "stage": ("stage: rl\n", "", ["config.yaml line 1: stage is 'rl'; it must be sft or dpo"]),
     "tracker": (
         "report_to: wandb\n",
         "",
@@ -288,7 +287,7 @@ MISTAKES = {
         [
             "config.yaml line 2: betta is not an option; did you mean beta?",
             "command line: --los is not an option; did you mean --loss_type or --loss_weights?",
-            "config.yaml line 1: learning_rate is 'abc'; it must be a finite number such as 5e-07",
+            "config.yaml line 1: learning_rate is 'abc'; it must be a finite number or null",
             "config.yaml line 3: mixed_precision is 'bf61'; it must be auto, fp32, bf16 or fp16",
             "command line: --seed is -1; it must be from 0 to 4294967295",
             "command line: --max_length is 0; it must be 2 or more",

@@ -207,7 +207,6 @@ def test_a_legal_value_is_kept(given):
 WRONG_TYPES = [
     ("learning_rate", "abc"),
     ("learning_rate", True),
-    ("learning_rate", None),
     ("learning_rate", float("nan")),
     ("num_epochs", float("inf")),
     ("seed", 1.0),
@@ -230,7 +229,7 @@ WRONG_TYPES = [
     ("test_size", "half"),
     ("exp_name", ""),
     ("run_name", ""),
-    ("stage", "sft"),
+    ("stage", "rl"),
     ("dataset_mixer", {"a": True}),
     ("dataset_mixer", {"a": "x"}),
     ("dataset_mixer", {"a": None}),

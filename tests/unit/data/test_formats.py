@@ -204,6 +204,7 @@ def test_formats_are_all_reachable() -> None:
         "conversations",
         "transcripts",
         "unpaired",
+        "supervised",
     }
 
 

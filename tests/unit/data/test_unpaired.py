@@ -47,7 +47,7 @@ def refuse(raw: dict[str, Any], **column_map: str) -> str:
 
 
 def load(path: Path, **changes: Any) -> PairDataset:
-    settings = {"tokenizer": tiny_tokenizer(), "unpaired": True, "max_dropped_fraction": 1.0}
+    settings = {"tokenizer": tiny_tokenizer(), "kind": "labelled", "max_dropped_fraction": 1.0}
     return load_pairs(str(path), **(settings | changes))
 
 
@@ -216,7 +216,7 @@ class TestCounts:
 
     def test_answers_have_the_tokens_that_they_have_in_a_pair(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "d.jsonl", [*make_pairs(6), *make_pairs(3, chat=False)])
-        pairs = load(path, unpaired=False).examples
+        pairs = load(path, kind="pairs").examples
         alone = load(path).examples
         assert [(e.prompt_ids, e.completions[0]) for e in alone] == [
             (e.prompt_ids, answer) for e in pairs for answer in e.completions
@@ -237,7 +237,7 @@ class TestCounts:
 
     def test_amounts_of_a_mix_draw_answers(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "d.jsonl", make_pairs(10))
-        data = load_pairs([(str(path), 0.25)], tokenizer=tiny_tokenizer(), unpaired=True)
+        data = load_pairs([(str(path), 0.25)], tokenizer=tiny_tokenizer(), kind="labelled")
         assert (data.counts.read, data.counts.kept, data.counts.not_drawn) == (20, 5, 15)
 
     def test_max_rows_and_progress_count_what_the_file_holds(self, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ class TestCounts:
         seen: list[tuple[int, int | None]] = []
         mix = [(str(path), None) for path in paths]
         report: Any = lambda done, total: seen.append((done, total))  # noqa: E731
-        data = load_pairs(mix, tokenizer=tiny_tokenizer(), unpaired=True, progress=report)
+        data = load_pairs(mix, tokenizer=tiny_tokenizer(), kind="labelled", progress=report)
         assert data.counts.read == 280
         assert seen[-1] == (140, None)
         assert load(paths[0], max_rows=5).counts.read == 10
@@ -260,8 +260,8 @@ class TestCounts:
 def test_pairs_and_answers_never_share_a_cache(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", make_pairs(4))
     cache = tmp_path / "cache"
-    for unpaired, number in ((False, 4), (True, 8), (False, 4), (True, 8)):
-        assert load(path, unpaired=unpaired, cache=cache).counts.read == number
+    for kind, number in (("pairs", 4), ("labelled", 8)) * 2:
+        assert load(path, kind=kind, cache=cache).counts.read == number
     assert len(list(cache.iterdir())) == 2
     assert load(path, cache=cache).reused
 
@@ -281,7 +281,7 @@ def test_proofs_find_each_answer_in_its_source(tmp_path: Path, wanted: list[int]
     lone = {"prompt": [user("q")], "completion": [assistant("a")], "label": True}
     rows = [make_pairs(1)[0], lone, *make_pairs(2, seed=1)]
     data = load(write_jsonl(tmp_path / "d.jsonl", rows))
-    recipe = Recipe(tiny_tokenizer(), {}, load_transforms(()), unpaired=True)
+    recipe = Recipe(tiny_tokenizer(), {}, load_transforms(()), kind="labelled")
     done: list[int] = []
     counts = count_proofs(data, np.sort(wanted), recipe, done.append)
     assert set(counts.held.values()) == {len(wanted)}
@@ -292,7 +292,7 @@ def test_proofs_of_answers_whose_source_changed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", make_pairs(4))
     data = load(path)
     write_jsonl(path, make_pairs(3))
-    recipe = Recipe(tiny_tokenizer(), {}, load_transforms(()), unpaired=True)
+    recipe = Recipe(tiny_tokenizer(), {}, load_transforms(()), kind="labelled")
     with pytest.raises(DataError, match="not those that were tokenised"):
         count_proofs(data, np.arange(8), recipe)
 

@@ -105,7 +105,7 @@ def test_documented_defaults() -> None:
         "orpo": {"beta": 0.1, "orpo_nll": "answer"},
         "odpo": {"beta": 0.1, "odpo_alpha": 1.0},
         "aot": {"beta": 0.1, "label_smoothing": 0.0},
-        "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.0},
+        "aot_unpaired": {"beta": 0.3, "label_smoothing": 0.0},
         "beta_dpo": {"beta": 0.1, "beta_dpo_alpha": 0.6, "beta_dpo_momentum": 0.9},
         "cpo": {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "cpo_nll": "sum"},
         "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},

@@ -10,10 +10,11 @@ from typing import Any, assert_never
 from preftune.data.formats.conversations import read_conversations
 from preftune.data.formats.prompt_pair import read_prompt_pair
 from preftune.data.formats.row import COLUMNS, Row, check_column_map
+from preftune.data.formats.supervised import read_supervised
 from preftune.data.formats.transcripts import read_transcripts
 from preftune.data.formats.unpaired import read_unpaired, taken_apart
 from preftune.data.reasons import Dropped
-from preftune.schema import Example
+from preftune.schema import Example, RowKind
 
 __all__ = ["COLUMNS", "RowFormat", "check_column_map", "parse_answers", "parse_row", "row_format"]
 
@@ -25,27 +26,36 @@ class RowFormat(StrEnum):
     CONVERSATIONS = "conversations"
     TRANSCRIPTS = "transcripts"
     UNPAIRED = "unpaired"
+    SUPERVISED = "supervised"
 
 
-def row_format(row: Row, *, unpaired: bool = False) -> RowFormat:
+def row_format(row: Row, *, kind: RowKind = "pairs") -> RowFormat:
     """Decide a row's format from the columns it has.
 
     Args:
-        row: the row; one that has `chosen` is a pair, whatever else it has.
-        unpaired: whether rows of one answer are read.
+        row: the row; where pairs or labelled answers are read, one that has `chosen` is a pair,
+            whatever else it has.
+        kind: what rows are read as.
 
     Raises:
         DataError: a mapped column is absent, `chosen` is missing or of the wrong type, or the row
             has one answer where pairs are read.
     """
+    if kind == "supervised":
+        return RowFormat.SUPERVISED
     if not row.has("chosen"):
-        if unpaired:
+        if kind == "labelled":
             return RowFormat.UNPAIRED
         if row.has("completion"):
             raise row.error(
                 "it has one answer ('completion') and no 'chosen', and the loss reads pairs",
                 "give rows of chosen and rejected answers, or train on such rows with "
-                "--loss_type kto or bco",
+                "--loss_type kto or bco, or with --stage sft",
+            )
+        if row.has("messages"):
+            raise row.error(
+                "it has 'messages' and no 'chosen', and the loss reads pairs",
+                "give rows of chosen and rejected answers, or train on such rows with --stage sft",
             )
     if row.has("prompt"):
         return RowFormat.PROMPT_PAIR
@@ -55,7 +65,12 @@ def row_format(row: Row, *, unpaired: bool = False) -> RowFormat:
 
 
 def parse_row(
-    row_id: str, raw: Mapping[str, Any], *, dataset: str, column_map: Mapping[str, str]
+    row_id: str,
+    raw: Mapping[str, Any],
+    *,
+    dataset: str,
+    column_map: Mapping[str, str],
+    kind: RowKind = "pairs",
 ) -> Example | Dropped:
     """Turn a raw row into an `Example`, or say why it cannot be trained on.
 
@@ -64,12 +79,13 @@ def parse_row(
         raw: the columns as read; never modified.
         dataset: the dataset's name, the default of `source`.
         column_map: our name -> the file's name.
+        kind: what the row is read as; `parse_answers` reads labelled ones.
 
     Raises:
         DataError: a column is missing or of the wrong type.
     """
     row = Row(row_id=row_id, dataset=dataset, values=raw, column_map=column_map)
-    return _read(row, row_format(row))
+    return _read(row, row_format(row, kind=kind))
 
 
 def parse_answers(
@@ -87,7 +103,7 @@ def parse_answers(
         DataError: a column is missing or of the wrong type.
     """
     row = Row(row_id=row_id, dataset=dataset, values=raw, column_map=column_map)
-    layout = row_format(row, unpaired=True)
+    layout = row_format(row, kind="labelled")
     result = _read(row, layout)
     return [result] if layout is RowFormat.UNPAIRED else taken_apart(result)
 
@@ -102,5 +118,7 @@ def _read(row: Row, layout: RowFormat) -> Example | Dropped:
             return read_transcripts(row)
         case RowFormat.UNPAIRED:
             return read_unpaired(row)
+        case RowFormat.SUPERVISED:
+            return read_supervised(row)
         case _:
             assert_never(layout)

@@ -90,7 +90,7 @@ def _parsed_again(
     for row_id, raw in source.rows():
         # How many rows pairs become is not known before they are read.
         rows: Sequence[Example | Dropped | None] = [None]
-        if recipe.unpaired or number in wanted:
+        if recipe.kind == "labelled" or number in wanted:
             rows = recipe.parse(row_id, raw, source.name)
         yield from enumerate(rows, start=number)
         number += len(rows)

@@ -143,10 +143,14 @@ def length_table(dataset: PairDataset) -> Table:
     lengths = dataset.examples.lengths
     parts = {"prompt": lengths[:, 0]}
     if dataset.examples.num_answers == 1:
-        is_chosen = dataset.examples.roles == "chosen"
-        parts |= {"chosen": lengths[is_chosen, 1], "rejected": lengths[~is_chosen, 1]}
+        for role in ("chosen", "rejected", "answer"):
+            parts[role] = lengths[dataset.examples.roles == role, 1]
+        if len(parts["answer"]):
+            parts["trained"] = dataset.examples.num_scored[:, 0]
         parts = {name: values for name, values in parts.items() if len(values)}
         note = "Tokens, after any cut. Longest side: the prompt and its answer."
+        if "answer" in parts:
+            note += " Trained: those of the answer that the assistant wrote."
     else:
         parts |= {"chosen": lengths[:, 1], "rejected": lengths[:, 2]}
         note = "Tokens, after any cut. Longest side: the prompt and the longer answer."
@@ -218,29 +222,25 @@ def prompt_table(shared: SharedPrompts, num_rows: int, unit: str) -> Table:
     return Table("Prompts", ("", ""), rows)
 
 
-def duplicate_table(found: Duplicates, ids: Sequence[tuple[str, str]], num_answers: int) -> Table:
+def duplicate_table(found: Duplicates, ids: Sequence[tuple[str, str]], opposite: str) -> Table:
     """Rows that say nothing new, or the opposite.
 
     Args:
         found: the numbers.
         ids: of the first repeats, each with that of the row it repeats.
-        num_answers: of each row.
+        opposite: what a row is called that says the opposite of another; empty where none can.
     """
-    opposite = "rows whose two answers are also paired the other way round"
-    if num_answers == 1:
-        opposite = "rows whose answer also has the other label"
     first = ", ".join(f"{repeat} = {original}" for repeat, original in ids)
     more = ", …" if len(found.repeats) > len(ids) else ""
-    rows = (
+    swapped = number(found.num_swapped), f"on {number(found.num_swapped_prompts)} prompts"
+    rows = [
         ("rows equal to an earlier one", number(len(found.repeats)), first + more),
-        (
-            opposite,
-            number(found.num_swapped),
-            f"on {number(found.num_swapped_prompts)} prompts",
-        ),
+        *([(opposite, *swapped)] if opposite else []),
         ("distinct answers to a prompt", number(found.num_answers), ""),
+    ]
+    return Table(
+        "Duplicates", ("", "number", ""), tuple(rows), "Compared by tokens, before any cut."
     )
-    return Table("Duplicates", ("", "number", ""), rows, "Compared by tokens, before any cut.")
 
 
 def cost_table(costs: Sequence[TruncationCost], configured: Limits) -> Table:
@@ -312,16 +312,20 @@ def number_tables(dataset: PairDataset, answers: Answers) -> list[Table]:
             found.repeats[:_NUM_IDS], found.originals[:_NUM_IDS], strict=True
         )
     ]
-    if examples.num_answers == 1:
-        labels = label_table(lengths[:, 1], is_chosen)
+    if examples.num_answers > 1:
+        about = [bias_table(length_bias(lengths[:, 1], lengths[:, 2]))]
+        opposite = "rows whose two answers are also paired the other way round"
+    elif (examples.roles == "answer").any():
+        about, opposite = [], ""
     else:
-        labels = bias_table(length_bias(lengths[:, 1], lengths[:, 2]))
+        about = [label_table(lengths[:, 1], is_chosen)]
+        opposite = "rows whose answer also has the other label"
     prompts = shared_prompts(examples.prompt_keys, lengths[:, 0], examples.num_answers)
     return [
         length_table(dataset),
-        labels,
+        *about,
         prompt_table(prompts, len(examples), dataset.unit),
-        duplicate_table(found, ids, examples.num_answers),
+        duplicate_table(found, ids, opposite),
     ]
 
 

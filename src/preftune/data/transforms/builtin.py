@@ -73,7 +73,7 @@ def drop_system(row: RawColumns) -> RawColumns:
     """Remove system messages from prompt and answers."""
     return row | {
         name: [message for message in row[name] if _role(message) != "system"]
-        for name in ("prompt", *_ANSWERS)
+        for name in ("messages", "prompt", *_ANSWERS)
         if isinstance(row.get(name), list)
     }
 
