@@ -128,14 +128,7 @@ class ModelConfig(Section):
             message = "it needs tokenizer_name_or_path; the model's own comes with model_revision"
             others = ("tokenizer_name_or_path",)
             found.append(Problem("tokenizer_revision", self.tokenizer_revision, message, others))
-        if self.use_cache and self.gradient_checkpointing:
-            kind = str(self.gradient_checkpointing).lower()
-            message = f"gradient_checkpointing is {kind}, and they exclude each other: leave it out"
-            found.append(Problem("use_cache", True, message, ("gradient_checkpointing",)))
-        if self.activation_offload and self.gradient_checkpointing is not True:
-            message = "it moves the inputs of layers that compute the rest again: set "
-            message += "gradient_checkpointing to true, or leave it out"
-            found.append(Problem("activation_offload", True, message, ("gradient_checkpointing",)))
+        found += _checkpointing_problems(self)
         found += _quantization_problems(self)
         return found + _template_problems(self.chat_template)
 
@@ -188,6 +181,19 @@ def _quantization_problems(config: ModelConfig) -> list[Problem]:
             for key in _OF_4BIT
             if getattr(config, key) is not None
         ]
+    return found
+
+
+def _checkpointing_problems(section: ModelConfig) -> list[Problem]:
+    found, others = [], ("gradient_checkpointing",)
+    if section.use_cache and section.gradient_checkpointing:
+        kind = str(section.gradient_checkpointing).lower()
+        message = f"gradient_checkpointing is {kind}, and they exclude each other: leave it out"
+        found.append(Problem("use_cache", True, message, others))
+    if section.activation_offload and section.gradient_checkpointing is not True:
+        message = "it moves the inputs of layers that compute the rest again: set "
+        message += "gradient_checkpointing to true, or leave it out"
+        found.append(Problem("activation_offload", True, message, others))
     return found
 
 

@@ -88,7 +88,7 @@ def _nearest(numbers: Tensor, bits: Bits, signed: bool) -> Tensor:
     """Codes of the nearest values.
 
     Looked up by a number's upper 16 bits: numbers that share them lie on the two sides of one edge
-    at most, which is then compared with. A tenth of the time of a binary search, on a CPU.
+    at most, which is then compared with. A quarter of the time of a binary search, on a CPU.
     """
     first, edges = _edges(bits, signed, numbers.device)
     numbers = numbers.reshape(-1)
