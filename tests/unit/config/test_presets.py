@@ -27,8 +27,12 @@ def problems(*argv):
     return caught.value.problems
 
 
+SUPERVISED = ["handbook-sft"]
+ON_PAIRS = [name for name in preset_names() if name not in SUPERVISED]
+
+
 @pytest.mark.parametrize("loss", [loss.value for loss in DPOLossType])
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", ON_PAIRS)
 def test_every_preset_with_every_loss_is_shown_as_a_config_that_reloads(tmp_path, name, loss):
     parsed = preset(name, *MODEL, *DATA, "--loss_type", loss)
     file = tmp_path / "shown.yaml"
@@ -56,27 +60,71 @@ def test_a_preset_says_what_it_is_and_where_it_is_from(name):
     assert all(len(line) <= 104 for line in text.splitlines())
 
 
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_a_preset_of_fine_tuning_is_shown_as_a_config_that_reloads(tmp_path, name):
+    parsed = preset(name, *MODEL, *DATA)
+    file = tmp_path / "shown.yaml"
+    file.write_text(annotated(parsed), encoding="utf-8")
+    assert parse_config(ExperimentConfig, [str(file)]) == parsed.config
+
+
 PUBLISHED = {
-    # name: loss, beta, learning rate, schedule, warm-up, global batch, longest pair and prompt
+    # name: loss, beta, learning rate, schedule, warm-up (a share, or steps), global batch, longest
+    # pair and prompt
     "tulu3-8b": ("dpo_norm", 5.0, 5e-7, "linear", 0.1, 128, 2048, None),
     "tulu3-70b": ("dpo_norm", 5.0, 2e-7, "linear", 0.1, 128, 2048, None),
     "olmo2-7b": ("dpo_norm", 5.0, 1e-6, "linear", 0.1, 128, 2048, None),
     "simpo-llama3-8b": ("simpo", 2.5, 1e-6, "cosine", 0.1, 128, 2048, 1800),
     "zephyr-7b": ("dpo", 0.01, 5e-7, "cosine", 0.1, 128, 1024, 512),
+    "zephyr-7b-lora": ("dpo", 0.01, 5e-6, "cosine", 0.1, 32, 1024, 512),
+    "handbook-sft": (None, None, 3e-4, "linear", 10, 16, 2048, None),
+    "handbook-dpo": ("dpo", 0.5, 2e-6, "linear", 10, 16, 1024, 1024),
+    "qlora-single-gpu": ("dpo", 0.1, 5e-6, "cosine", 0.1, 16, 1024, 512),
     "laptop": ("dpo", 0.1, 1e-6, "linear", 0.1, 8, 512, 256),
+}
+# name: rank, alpha, dropout, number of kinds of layers
+ADAPTERS = {
+    "zephyr-7b-lora": (16, 16, 0.05, 7),
+    "handbook-sft": (32, 32, 0.0, 7),
+    "handbook-dpo": (32, 32, 0.0, 7),
+    "qlora-single-gpu": (16, 32, 0.0, "all-linear"),
 }
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_sets_what_is_published(name):
-    config = preset(name, *(MODEL + DATA if name == "laptop" else ())).config
+    whole = "model_name_or_path" in read_preset(name)
+    config = preset(name, *(() if whole else MODEL + DATA)).config
     batch = config.global_batch_size(shares=1)
     lengths = (config.max_length, config.max_prompt_length)
-    rates = (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
+    rates = (
+        config.learning_rate,
+        config.lr_scheduler_type,
+        config.warmup_ratio or config.warmup_steps,
+    )
     assert (config.loss_type, config.beta, *rates, batch, *lengths) == PUBLISHED[name]
-    assert (config.num_epochs, config.max_train_steps) == (1.0, None)
+    epochs = 3.0 if name == "handbook-sft" else 1.0
+    assert (config.num_epochs, config.max_train_steps) == (epochs, None)
     if name == "simpo-llama3-8b":
         assert config.gamma_beta_ratio == 0.55
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_what_trains_and_how_the_base_is_held(name):
+    whole = "model_name_or_path" in read_preset(name)
+    config = preset(name, *(() if whole else MODEL + DATA)).config
+    assert config.use_lora == (name in ADAPTERS)
+    assert config.load_in_4bit == (name in ("zephyr-7b-lora", "qlora-single-gpu"))
+    if config.use_lora:
+        layers = config.lora_target_modules
+        kinds = len(layers) if isinstance(layers, list) else layers
+        adapter = (config.lora_r, config.lora_alpha, config.lora_dropout, kinds)
+        assert adapter == ADAPTERS[name]
+    if name.startswith("handbook"):
+        assert (config.optimizer, config.weight_decay) == ("adamw_8bit", 0.01)
+        assert (config.test_size, config.logging_steps) == (0.05, 1)
+        assert config.mixed_precision == "auto"
+        assert config.eval_steps == (0.2 if name == "handbook-dpo" else None)
 
 
 def test_the_command_line_wins_over_the_file_the_file_over_the_preset(tmp_path):
@@ -120,7 +168,10 @@ def test_a_users_value_puts_out_what_would_contradict_it(name, argv, expected):
 
 
 def test_the_text_of_a_mistake():
-    listed = "laptop, olmo2-7b, simpo-llama3-8b, tulu3-70b, tulu3-8b or zephyr-7b"
+    listed = (
+        "handbook-dpo, handbook-sft, laptop, olmo2-7b, qlora-single-gpu, simpo-llama3-8b, "
+        "tulu3-70b, tulu3-8b, zephyr-7b or zephyr-7b-lora"
+    )
     assert problems("--preset", "zephir-7b") == [
         f"command line: --preset is 'zephir-7b'; it must be {listed} (did you mean zephyr-7b?)"
     ]
