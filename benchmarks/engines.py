@@ -3,7 +3,8 @@
     python benchmarks/engines.py --layers 6 --steps 5 --rounds 2
 
 DPO steps in fp32 on the CPU, with a random model of SmolLM2-135M's width, on the same pairs: one
-process with two threads, then each engine on two processes of one thread each, `--rounds` times over in turn.
+process with two threads, then each engine on two processes of one thread each, `--rounds` times
+over in turn.
 Communication is the time that gloo spends in collectives in one step of the first process, waiting
 for the other included. Wall times: the machine must be idle.
 """

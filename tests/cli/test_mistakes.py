@@ -252,8 +252,58 @@ MISTAKES = {
     "dropout of adapters in rows that are shared out": given(
         use_lora="true", lora_dropout=0.1, sequence_parallel_size=2
     ),
+    # ---- quantisation
+    "4 and 8 bits": given(use_lora="true", load_in_4bit="true", load_in_8bit="true"),
+    "quantised weights that shall train": given(load_in_4bit="true"),
+    "settings of 4 bits without them": given(
+        use_lora="true",
+        load_in_8bit="true",
+        bnb_4bit_quant_type="fp4",
+        bnb_4bit_use_double_quant="false",
+    ),
+    "an unknown kind of 4 bits": given(
+        use_lora="true", load_in_4bit="true", bnb_4bit_quant_type="int4"
+    ),
+    "4 bits that an engine would cut": given(
+        use_lora="true", load_in_4bit="true", fsdp="full_shard"
+    ),
+    "8 bits that ZeRO-3 would cut": given(use_lora="true", load_in_8bit="true", zero_stage=3),
+    "4 bits of a GGUF file": given(
+        use_lora="true", load_in_4bit="true", model_name_or_path="m.gguf"
+    ),
+    "4 bits of a reference in a GGUF file": given(
+        use_lora="true", load_in_4bit="true", reference_model_name_or_path="m.gguf"
+    ),
+    "what pissa takes out of 4 bits": given(
+        use_lora="true", load_in_4bit="true", init_lora_weights="pissa"
+    ),
+    "fp16 in 4 bits without a loss scale": given(
+        use_lora="true", load_in_4bit="true", bnb_4bit_compute_dtype="float16"
+    ),
+    "4 bits without their package": given(use_lora="true", load_in_4bit="true"),
+    "a layer in 4 bits that shall train whole": Mistake(
+        {"use_lora": "true", "load_in_4bit": "true", "modules_to_save": "[lm_head, mlp]"},
+        packages=("bitsandbytes",),
+    ),
+    "a model that is quantised already": Mistake(
+        {"use_lora": "true", "load_in_4bit": "true"},
+        (),
+        {
+            "model/config.json": changed_json(
+                "model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}
+            )
+        },
+        packages=("bitsandbytes",),
+    ),
     "layouts that contradict": given(concatenated_forward="true", forward_layout="separate"),
     "a prompt longer than the whole": given(max_length=64, max_prompt_length=128),
+    "offload on a CPU": given(activation_offload="true", gradient_checkpointing="true"),
+    "offload of what is kept": given(activation_offload="true"),
+    "another kind of checkpointing": given(gradient_checkpointing="partly"),
+    "knob of another optimizer": given(optimizer="adafactor", adam_beta1="0.9"),
+    "paged optimizer on a CPU": given(optimizer="paged_adamw_8bit"),
+    "rounding of float32 weights": given(stochastic_rounding="true"),
+    "optimizer under ZeRO": given(optimizer="muon", zero_stage="2"),
     "use_cache with checkpointing": given(use_cache="true", gradient_checkpointing="true"),
     "nothing to fill the cache with": given(cache_dataset_only="true", dataset_cache_mode="off"),
     "more processes to a row than heads": given(sequence_parallel_size=8),

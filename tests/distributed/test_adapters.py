@@ -1,6 +1,7 @@
 """Adapters under every kind of engine: the steps of one process, from an adapter that says much."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3},
 }
+QUANTIZED: dict[str, dict[str, Any]] = {}
+if find_spec("bitsandbytes") is not None:  # the extra quant
+    QUANTIZED = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
 BASE = {"use_lora": True, "max_train_samples": 17, "max_train_steps": 6, "eval_steps": 6}
 BASE |= {"checkpointing_steps": 3, "learning_rate": 1e-3}
 TWO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
@@ -37,10 +41,14 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_train_the_adapter_that_one_does(tmp_path):
-    """DDP, FSDP2, ZeRO-2 and -3; a new PiSSA adapter, and one to go on with; and resumed."""
+    """DDP, FSDP2, ZeRO-2 and -3; a new PiSSA adapter, and one to go on with; and resumed.
+
+    Over weights in 4 and 8 bits, which are not cut, DDP and ZeRO-2.
+    """
     starts = {
         "new": {"init_lora_weights": "pissa", "lora_r": 4, "use_rslora": True},
         "sft": {"adapter_name_or_path": sft_adapter(tmp_path / "sft", use_dora=True)},
+        **QUANTIZED,
     }
     alone = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     for settings in runs(tmp_path, {k: {**BASE, **alone, **v} for k, v in starts.items()}, "one"):
@@ -49,6 +57,7 @@ def test_two_ranks_train_the_adapter_that_one_does(tmp_path):
         f"{name}-{start}": {**BASE, **TWO, **engine, **options}
         for start, options in starts.items()
         for name, engine in ENGINES.items()
+        if start not in QUANTIZED or name in ("ddp", "zero2")
     }
     listed = runs(tmp_path, cases, "many")
     onwards = {f"{name}-new": cases[f"{name}-new"] for name in ("fsdp", "zero3")}

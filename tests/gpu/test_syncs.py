@@ -25,15 +25,23 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("max_skipped", "precision"),
-    [(0, "bf16"), (3, "bf16"), (0, "fp16")],
-    ids=["stop", "skip_batch", "fp16"],
+    ("max_skipped", "precision", "optimizer"),
+    [
+        (0, "bf16", "adamw"),
+        (3, "bf16", "adamw"),
+        (0, "fp16", "adamw"),
+        (0, "fp16", "adamw_torch_8bit"),
+        (0, "bf16", "adamw_torch_4bit"),
+        (0, "bf16", "adafactor"),
+        (0, "bf16", "muon"),
+    ],
+    ids=["stop", "skip_batch", "fp16", "8bit", "4bit", "adafactor", "muon"],
 )
-def test_a_step_waits_for_nothing(max_skipped, precision):
+def test_a_step_waits_for_nothing(max_skipped, precision, optimizer):
     runtime = Runtime(precision, seed=0)
-    policy = PolicyModel(tiny_model().to(runtime.device))
+    policy = PolicyModel(tiny_model(hidden_size=64).to(runtime.device))
     layout = choose_layout(policy, "shared_prefix", "auto", 200).name
-    make = partial(make_optimizer, config=TrainingConfig())
+    make = partial(make_optimizer, config=TrainingConfig(optimizer=optimizer))
     engine = runtime.spread(policy, make, DistributedConfig(), max_grad_norm=1.0)
     state = TrainState.at_start(engine, runtime.device, precision=precision)
     examples = make_examples(8)

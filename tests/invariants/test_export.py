@@ -99,9 +99,9 @@ def test_a_checkpoint_does_not_say_whether_code_is_trusted(root, tmp_path, monke
     edit_state(tmp_path / "copy", config=config)
     load, asked = recipe.load_model, []
 
-    def loading(config, device):
+    def loading(config, device, products):
         asked.append(config.trust_remote_code)
-        return load(config, device)
+        return load(config, device, products)
 
     monkeypatch.setattr(recipe, "load_model", loading)
     words = ["--trust_remote_code", "true"] if given else []

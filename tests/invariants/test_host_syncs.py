@@ -20,10 +20,17 @@ from tests.syncs import syncs_of_a_run
         {"sync_reference": True, "reference_sync_steps": 3},
         {"on_nonfinite": "skip_batch", "loss_type": "bco"},
         {"mixed_precision": "fp16"},
+        {"use_lora": True, "load_in_4bit": True},
+        {"use_lora": True, "load_in_8bit": True},
     ],
-    ids=["dpo", "wpo", "simpo-sgd", "aot", "beta_dpo", "checkpointing", "sync", "skip", "fp16"],
+    ids=[
+        *("dpo", "wpo", "simpo-sgd", "aot", "beta_dpo", "checkpointing", "sync", "skip", "fp16"),
+        *("4bit", "8bit"),
+    ],
 )
 def test_steps_that_do_not_log_wait_for_nothing(tmp_path, settings):
+    if settings.get("use_lora"):
+        pytest.importorskip("bitsandbytes", reason="needs the extra quant")
     settings = settings | {"num_epochs": None, "logging_steps": 100, "warmup_ratio": 0.0}
     short = syncs_of_a_run(tmp_path, "short", max_train_steps=2, **settings)
     long = syncs_of_a_run(tmp_path, "long", max_train_steps=9, **settings)

@@ -12,7 +12,8 @@ from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
-from preftune.config.model import ModelConfig, another_model
+from preftune.config.model import ModelConfig, another_model, gguf_problems
+from preftune.config.optimizers import placement_problems
 from preftune.config.peers import PeersConfig
 from preftune.config.problem import Problem
 from preftune.config.tracking import TrackingConfig
@@ -83,6 +84,7 @@ class ExperimentConfig(
         found += self._best_metric_problems()
         found += self._adapter_problems()
         found += self._engine_problems()
+        found += self._quantization_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -118,13 +120,7 @@ class ExperimentConfig(
                 "model over them: leave out zero_stage and fsdp"
             )
             found.append(Problem("sync_reference", True, message, ("zero_stage", "fsdp")))
-        if self.optimizer == "sgd" and self.fsdp != "no":
-            message = (
-                f"fsdp is {self.fsdp!r}, and PyTorch's fused SGD cannot update weights that are "
-                "cut over devices: take adamw, or --zero_stage 3"
-            )
-            found.append(Problem("optimizer", "sgd", message, ("fsdp",)))
-        return found
+        return found + placement_problems(self)
 
     def _sequence_problems(self) -> list[Problem]:
         """Of what sharing rows out cannot do."""
@@ -164,6 +160,38 @@ class ExperimentConfig(
             )
             others = ("sequence_parallel_size",)
             found.append(Problem("lora_dropout", self.lora_dropout, message, others))
+        return found
+
+    def _quantization_problems(self) -> list[Problem]:
+        """Of what does not go with weights in 4 or 8 bits."""
+        key, name = "reference_model_name_or_path", self.reference_model_name_or_path
+        found = gguf_problems(self, key, name)
+        if not self.is_quantized:
+            return found
+        bits = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        if not self.use_lora:
+            message = "quantised weights cannot train: add use_lora true, or leave it out"
+            found.append(Problem(bits, True, message, ("use_lora",)))
+        if self.shards_weights:
+            message = (
+                f"{self.engine} cuts the weights over the devices, and packed ones cannot be cut "
+                "row by row: leave out fsdp, or take zero_stage 2 or less; each device then holds "
+                "all of the quantised model"
+            )
+            found.append(Problem(bits, True, message, ("fsdp", "zero_stage")))
+        if (self.init_lora_weights or "").startswith("pissa"):
+            message = (
+                f"{bits} is true, and what pissa takes out of a weight, a quantised one cannot "
+                "give up: leave it out"
+            )
+            found.append(Problem("init_lora_weights", self.init_lora_weights, message, (bits,)))
+        if self.bnb_4bit_compute_dtype == "float16" and self.mixed_precision != "fp16":
+            message = (
+                f"mixed_precision is {self.mixed_precision}, under which no loss scale keeps "
+                "small fp16 gradients from vanishing: leave it out, or set mixed_precision fp16"
+            )
+            others = ("mixed_precision",)
+            found.append(Problem("bnb_4bit_compute_dtype", "float16", message, others))
         return found
 
     def _best_metric_problems(self) -> list[Problem]:

@@ -1,6 +1,7 @@
 """The options of `preftune merge`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from preftune.config.composed import ComposedConfig
 from preftune.config.export import SaveDtype
@@ -23,6 +24,11 @@ class MergingConfig(Section):
 
     model_name_or_path: str | None = None
     """The base. Unset: the one that the adapter's files name."""
+
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """Of an adapter that was trained over a quantised base, the weights that it is added to.
+    dequantized: what the quantised ones stand for, which training saw; original: those of the
+    base's files, which it did not see. auto: dequantized for such an adapter, else original."""
 
     save_dtype: SaveDtype = "auto"
     """How the weights are stored. auto: as the base's."""

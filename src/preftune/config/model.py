@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from preftune.config.problem import Problem
 from preftune.config.section import Section
@@ -11,6 +11,21 @@ CHAT_TEMPLATES = ("chatml", "tulu", "zephyr", "llama3", "alpaca", "plain")
 """Names of the chat templates that come with preftune."""
 
 AttentionName = Literal["auto", "eager", "sdpa", "flash_attention_2", "varlen", "flex"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+QUANTIZATION = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+)
+"""The options that say how a model is quantised."""
+_OF_4BIT = {
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "auto",
+}
 
 
 @dataclass(kw_only=True)
@@ -45,8 +60,14 @@ class ModelConfig(Section):
     packed row, on GPUs; eager: written out, for padded pairs. auto: on a GPU the fastest of those
     that are right for the model, measured at the start; on a CPU sdpa."""
 
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Compute activations again in the backward pass. true: all but the input of each layer: least
+    memory, about a third more time; selective: all but the results of matrix products and
+    attention: less than half of the memory, about a twentieth more time."""
+
+    activation_offload: bool = False
+    """Keep the inputs of layers in the host's memory between forward and backward, on GPUs. Needs
+    `gradient_checkpointing` true."""
 
     use_cache: bool = False
     """Let the model keep keys and values in its forward; training has no use for them and it costs
@@ -59,6 +80,44 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model repository."""
 
+    load_in_4bit: bool = False
+    """Keep the weights of linear layers in 4 bits, and train adapters over them (QLoRA,
+    arXiv:2305.14314); head, embeddings and norms stay in `dtype`. Needs `use_lora` in training, and
+    the package bitsandbytes."""
+
+    load_in_8bit: bool = False
+    """The same in 8 bits, an integer a weight and a scale a row; products are computed from the
+    weights that these stand for."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    """The 16 values that 4 bits stand for. nf4: quantiles of a normal distribution; fp4: floating
+    point. Unset: nf4."""
+
+    bnb_4bit_use_double_quant: bool | None = None
+    """Keep the scales of 64 weights in 8 bits, too: 4.13 bits a weight, not 4.5. Unset: true."""
+
+    bnb_4bit_compute_dtype: ComputeDtype | None = None
+    """The type that 4-bit weights are unpacked to, and multiplied in. auto: that of the run's
+    products (`mixed_precision`). Unset: auto."""
+
+    def __post_init__(self) -> None:
+        """Fill how weights become 4 bits."""
+        if self.load_in_4bit:
+            for key, value in _OF_4BIT.items():
+                if getattr(self, key) is None:
+                    setattr(self, key, value)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are kept in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How weights are quantised, as options; empty where they are not."""
+        values = {key: getattr(self, key) for key in QUANTIZATION} if self.is_quantized else {}
+        return {key: value for key, value in values.items() if value not in (None, False)}
+
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = []
@@ -70,8 +129,14 @@ class ModelConfig(Section):
             others = ("tokenizer_name_or_path",)
             found.append(Problem("tokenizer_revision", self.tokenizer_revision, message, others))
         if self.use_cache and self.gradient_checkpointing:
-            message = "gradient_checkpointing is true, and they exclude each other: leave it out"
+            kind = str(self.gradient_checkpointing).lower()
+            message = f"gradient_checkpointing is {kind}, and they exclude each other: leave it out"
             found.append(Problem("use_cache", True, message, ("gradient_checkpointing",)))
+        if self.activation_offload and self.gradient_checkpointing is not True:
+            message = "it moves the inputs of layers that compute the rest again: set "
+            message += "gradient_checkpointing to true, or leave it out"
+            found.append(Problem("activation_offload", True, message, ("gradient_checkpointing",)))
+        found += _quantization_problems(self)
         return found + _template_problems(self.chat_template)
 
 
@@ -89,7 +154,41 @@ def another_model(config: ModelConfig, name: str, revision: str | None = None) -
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        **{key: getattr(config, key) for key in QUANTIZATION},
     )
+
+
+def gguf_problems(config: ModelConfig, key: str, name: str | None) -> list[Problem]:
+    """Of a GGUF file that shall be quantised anew.
+
+    Args:
+        config: how it shall be loaded.
+        key: the option that names the model.
+        name: of the model.
+    """
+    if not (config.is_quantized and (name or "").endswith(".gguf")):
+        return []
+    bits = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    message = (
+        f"{bits} quantises weights as they are read, which transformers cannot do with a GGUF "
+        "file: give the model as a folder with safetensors, or a name on the Hub"
+    )
+    return [Problem(key, name, message, (bits,))]
+
+
+def _quantization_problems(config: ModelConfig) -> list[Problem]:
+    found = gguf_problems(config, "model_name_or_path", config.model_name_or_path)
+    if config.load_in_4bit and config.load_in_8bit:
+        message = "load_in_4bit is true, and they exclude each other: leave one out"
+        found.append(Problem("load_in_8bit", True, message, ("load_in_4bit",)))
+    if not config.load_in_4bit:
+        message = "load_in_4bit is false, so nothing reads it: leave it out, or set load_in_4bit"
+        found += [
+            Problem(key, getattr(config, key), f"{message} true", ("load_in_4bit",))
+            for key in _OF_4BIT
+            if getattr(config, key) is not None
+        ]
+    return found
 
 
 def _template_problems(template: str | None) -> list[Problem]:

@@ -6,7 +6,7 @@ from preftune.config.composed import ComposedConfig
 from preftune.config.dataset import PairsConfig
 from preftune.config.dpo import ForwardLayout, layout_problems
 from preftune.config.logging import Progress
-from preftune.config.model import ModelConfig
+from preftune.config.model import ModelConfig, gguf_problems
 from preftune.config.problem import Problem, count
 from preftune.config.section import Section
 from preftune.config.training import MixedPrecision, precision_problems
@@ -102,6 +102,8 @@ class ScoreConfig(ComposedConfig, ScoringConfig, ModelConfig, PairsConfig):
         message = "scoring trains nothing, so it has no effect: leave it out"
         found = layout_problems(self.forward_layout, self.attn_implementation)
         found += precision_problems(self.dtype, self.mixed_precision)
+        key, name = "reference_model_name_or_path", self.reference_model_name_or_path
+        found += gguf_problems(self, key, name)
         if self.gradient_checkpointing:
             found.append(Problem("gradient_checkpointing", True, message))
         if not self.disable_dropout:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from preftune.config.optimizers import fill_unset, optimizer_problems
 from preftune.config.problem import Problem, below, count
 from preftune.config.section import Section
 from preftune.config.stage import StageChoice
@@ -21,7 +22,25 @@ Schedule = Literal[
 ]
 _WITHOUT_WARMUP = ("constant",)
 _LEARNING_RATES = {"dpo": 5e-7, "sft": 2e-5}
-_ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+OptimizerName = Annotated[
+    Literal[
+        "adamw",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "adamw_torch_8bit",
+        "adamw_torch_4bit",
+        "adafactor",
+        "muon",
+        "sgd",
+    ],
+    AlsoSpelled(
+        adamw_torch="adamw",
+        adamw_torch_fused="adamw",
+        adamw_bnb_8bit="adamw_8bit",
+        adamw_torchao_8bit="adamw_torch_8bit",
+        adamw_torchao_4bit="adamw_torch_4bit",
+    ),
+]
 
 
 @dataclass(kw_only=True)
@@ -72,8 +91,12 @@ class TrainingConfig(StageChoice, Section):
     warmup_steps: int | None = None
     """Steps over which the learning rate rises, 0 (off) or more, instead of `warmup_ratio`."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer. sgd has no momentum: mainly for tests."""
+    optimizer: OptimizerName = "adamw"
+    """The optimizer, by what it keeps for each parameter: adamw 8 bytes; adamw_8bit (bitsandbytes)
+    and adamw_torch_8bit (torchao's, without a package) 2, adamw_torch_4bit 1, adafactor next to
+    nothing; muon 4 for hidden matrices, and AdamW's 8 for the rest. paged_adamw_8bit: as
+    adamw_8bit, in memory that a GPU's driver moves to the host when it is short. sgd keeps nothing:
+    mainly for tests. docs/memory.md says which engine takes which."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay a step, as a part of the learning rate; 0 (off) or more."""
@@ -86,6 +109,13 @@ class TrainingConfig(StageChoice, Section):
 
     adam_epsilon: float | None = None
     """Added to AdamW's denominator, above 0. Unset: 1e-8."""
+
+    muon_momentum: float | None = None
+    """Muon's decay of the mean of gradients, 0 to below 1. Unset: 0.95."""
+
+    stochastic_rounding: bool = False
+    """Round updated bfloat16 weights up or down by chance, so that updates too small for them count
+    on average. Needs `dtype` bfloat16 and an optimizer other than sgd and bitsandbytes'."""
 
     max_grad_norm: float | None = 1.0
     """Gradients longer than this (L2 over all parameters) are scaled to it; 0 or null is off."""
@@ -101,7 +131,7 @@ class TrainingConfig(StageChoice, Section):
     """Take the pairs in a new random order each epoch. false: in the order of the dataset."""
 
     def __post_init__(self) -> None:
-        """Fill learning rate, length, warm-up and AdamW's numbers where unset."""
+        """Fill learning rate, length, warm-up and the optimizer's numbers where unset."""
         if self.learning_rate is None:
             self.learning_rate = _LEARNING_RATES[self.stage]
         if self.num_epochs is None and self.max_train_steps is None:
@@ -109,10 +139,7 @@ class TrainingConfig(StageChoice, Section):
         no_warmup_given = self.warmup_ratio is None and self.warmup_steps is None
         if no_warmup_given and self.lr_scheduler_type not in _WITHOUT_WARMUP:
             self.warmup_ratio = 0.1
-        if self.optimizer == "adamw":
-            for name, default in _ADAM_DEFAULTS.items():
-                if getattr(self, name) is None:
-                    setattr(self, name, default)
+        fill_unset(self)
         self.max_grad_norm = self.max_grad_norm or None  # one form of "off"
 
     @property
@@ -143,7 +170,8 @@ class TrainingConfig(StageChoice, Section):
         return [
             *_length_problems(self),
             *_warmup_problems(self),
-            *_optimizer_problems(self),
+            *_rate_problems(self),
+            *optimizer_problems(self),
             *count("per_device_train_batch_size", self.per_device_train_batch_size),
             *count("per_device_eval_batch_size", self.per_device_eval_batch_size),
             *count("max_tokens_per_microbatch", self.max_tokens_per_microbatch, least=2),
@@ -206,20 +234,9 @@ def _warmup_problems(section: TrainingConfig) -> list[Problem]:
     return found
 
 
-def _optimizer_problems(section: TrainingConfig) -> list[Problem]:
+def _rate_problems(section: TrainingConfig) -> list[Problem]:
     found = below("weight_decay", section.weight_decay, 0, "it must be 0 (off) or more")
     found += below("max_grad_norm", section.max_grad_norm, 0, "it must be above 0, or 0 for off")
     if section.peak_rate <= 0:
         found.append(Problem("learning_rate", section.learning_rate, "it must be above 0"))
-    for key in _ADAM_DEFAULTS:
-        value = getattr(section, key)
-        if value is None:
-            continue
-        if section.optimizer != "adamw":
-            message = f"the optimizer {section.optimizer} does not read it, only adamw"
-            found.append(Problem(key, value, message, ("optimizer",)))
-        elif key == "adam_epsilon" and value <= 0:
-            found.append(Problem(key, value, "it must be above 0"))
-        elif key != "adam_epsilon" and not 0 <= value < 1:
-            found.append(Problem(key, value, "it must be 0 or more and below 1"))
     return found

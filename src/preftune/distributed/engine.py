@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from preftune.distributed.parts import Part, part_of
+from preftune.distributed.parts import Part, part_beside, part_of
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -135,7 +135,7 @@ class TorchEngine(Engine):
         Args:
             name: what people call it.
             model: to be called.
-            optimizer: over its parameters; a fused one, which can skip an update on the device.
+            optimizer: over its parameters; one that reads `found_inf` and `grad_scale`.
             max_grad_norm: longest gradient; None or 0 is off.
         """
         self.name = name
@@ -166,8 +166,8 @@ class TorchEngine(Engine):
     def update(self, *, skip: Tensor) -> None:
         """Update the weights, unless the flag is set; the host never waits for the flag.
 
-        Fused optimizers read both on the device: they leave weights, moments and step count alone
-        when `found_inf` is set, and divide gradients by `grad_scale`.
+        Optimizers read both on the device: they leave weights, moments and step count alone when
+        `found_inf` is set, and divide gradients by `grad_scale`. bitsandbytes' alone wait.
         """
         self.optimizer.found_inf = skip
         self.optimizer.grad_scale = self.loss_scale
@@ -191,7 +191,7 @@ class TorchEngine(Engine):
     def moment_parts(self, weights: Mapping[str, Tensor]) -> dict[str, Part]:
         """The optimizer's state itself, or this rank's rows of it."""
         return {
-            f"{key}/{name}": part_of(value, _rank())
+            f"{key}/{name}": part_beside(value, tensor, _rank())
             for name, tensor in weights.items()
             for key, value in self.optimizer.state.get(tensor, {}).items()
             if isinstance(value, Tensor)

@@ -72,3 +72,17 @@ def part_of(tensor: Tensor, rank: int) -> Part:
         elif at:
             is_saved = False
     return Part(tensor.to_local(), first, tuple(tensor.shape), is_saved)
+
+
+def part_beside(value: Tensor, parameter: Tensor, rank: int) -> Part:
+    """What this rank holds of a state whose rows are those of a parameter.
+
+    Args:
+        value: a number, or rows as many as this rank has of the parameter.
+        parameter: cut over ranks, or whole.
+        rank: this one.
+    """
+    if isinstance(value, DTensor) or not isinstance(parameter, DTensor) or value.ndim == 0:
+        return part_of(value, rank)
+    own = part_of(parameter.detach(), rank)
+    return Part(value, own.first, (own.shape[0], *value.shape[1:]), own.is_saved)

@@ -2,29 +2,40 @@
 
 adapter_config.json           what the adapter is, and the base it belongs to
 adapter_model.safetensors     its numbers
+preftune.json                 how its base was quantised, where it was: that is part of what was
+                              trained, and PEFT's format has no place for it
+
+PEFT is imported where it is used: it brings bitsandbytes and PyTorch's compiler along, for which a
+run without adapters need not wait.
 """
 
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from preftune.config.model import QUANTIZATION, ModelConfig
+from preftune.config.typed import reader_of
 from preftune.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER = "default"
 """The name that an adapter has inside a model."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "preftune.json"
 PREFIX = "base_model.model."
 """What PEFT's files put in front of the model's own names."""
 
@@ -92,7 +103,7 @@ def _no_weights(folder: Path) -> str:
     return f"the folder has no {WEIGHTS_FILE}; copy it there"
 
 
-def read_config(folder: Path, name: str, key: str) -> LoraConfig:
+def read_config(folder: Path, name: str, key: str) -> "LoraConfig":
     """What an adapter is.
 
     Args:
@@ -103,6 +114,8 @@ def read_config(folder: Path, name: str, key: str) -> LoraConfig:
     Raises:
         ModelError: it is of a kind that cannot be trained here.
     """
+    from peft import LoraConfig
+
     try:
         kind = json.loads((folder / CONFIG_FILE).read_text("utf-8")).get("peft_type")
         config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
@@ -137,6 +150,38 @@ def moves_base(init: object) -> bool:
     return isinstance(init, str) and init.startswith("pissa")
 
 
+def base_record(name: str, revision: str | None, key: str) -> dict[str, Any]:
+    """How the base of an adapter was quantised, and its dtype, as options; empty: not, or unknown.
+
+    Args:
+        name: see `adapter_folder`.
+        revision: of it, on the Hub.
+        key: the option that named it.
+
+    Raises:
+        ModelError: what the file says cannot be read.
+    """
+    file = adapter_folder(name, revision, key) / RECORD_FILE
+    if not Path(name).expanduser().is_dir():
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, RECORD_FILE, revision=revision)
+    if not file.is_file():
+        return {}
+    reader = reader_of(ModelConfig)
+    try:
+        given = json.loads(file.read_text("utf-8"))["base"]
+        if other := set(given) - {*QUANTIZATION, "dtype"}:
+            raise ValueError(f"{min(other)} is not known")
+        record = {field: reader.read(field, value) for field, value in given.items()}
+        if problems := ModelConfig(model_name_or_path=name, **record).problems():
+            raise ValueError(str(problems[0]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{key} is {name!r}: its {RECORD_FILE} cannot be read ({error})"
+        ) from error
+    return record
+
+
 def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes in an adapter's file, by the model's own names; reads no numbers."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -158,6 +203,8 @@ def named_as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> 
         model: that has the adapter.
         weights: by the names of its parameters; others are left out.
     """
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(
         model, state_dict=dict(weights), adapter_name=ADAPTER, save_embedding_layers=False
     )
@@ -170,6 +217,7 @@ def write_adapter(
     taken: Mapping[str, Tensor],
     base: str,
     revision: str | None,
+    record: Mapping[str, Any],
 ) -> torch.dtype:
     """Write the two files, so that they are right beside the base as its own files have it.
 
@@ -180,6 +228,7 @@ def write_adapter(
         taken: what the base gave up to the adapter at its start, see `Adapter.taken`.
         base: name of the base.
         revision: of it, on the Hub.
+        record: how it was quantised, see `base_record`; empty where it was not.
 
     Returns:
         The dtype of the numbers.
@@ -197,12 +246,21 @@ def write_adapter(
     config.save_pretrained(folder)
     contiguous = {PREFIX + name: t.to(dtype).contiguous() for name, t in numbers.items()}
     save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if record:
+        (folder / RECORD_FILE).write_text(json.dumps({"base": dict(record)}, indent=2) + "\n")
     return dtype
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's layers, by the names of those whose places they took."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
 def target_names(model: PreTrainedModel) -> list[str]:
     """The layers with adapters: by the ends of their names where those are of no other layer."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    names = [name for name, _ in adapted_layers(model)]
     inside = tuple(f"{name}." for name in names)
     others = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     ends = sorted({name.rpartition(".")[2] for name in names})
@@ -222,7 +280,7 @@ def _beside_whole_base(
     into B, so that every kind of scaling comes out as 1.
     """
     whole = dict(numbers)
-    scales = {n: m.scaling[ADAPTER] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    scales = {name: layer.scaling[ADAPTER] for name, layer in adapted_layers(model)}
     for name, first in taken.items():
         layer, kind = name.removesuffix(".weight").rsplit(".", 1)
         now, scale = numbers[name].to(first.dtype), scales[layer]

@@ -6,15 +6,13 @@ backbone, its head and its attention are found where they were.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +21,7 @@ from preftune.config.lora import ALL_LINEAR, LoRAConfig
 from preftune.errors import ConfigError, ModelError
 from preftune.model.adapter_files import (
     ADAPTER,
+    adapted_layers,
     adapter_folder,
     file_shapes,
     moves_base,
@@ -30,6 +29,9 @@ from preftune.model.adapter_files import (
     read_config,
     read_weights,
 )
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _KEY = "adapter_name_or_path"
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
@@ -80,7 +82,7 @@ def commit_of(lora: LoRAConfig) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def peft_config(lora: LoRAConfig) -> LoraConfig:
+def peft_config(lora: LoRAConfig) -> "LoraConfig":
     """PEFT's form of the settings: the user's, or those of the adapter to go on with.
 
     Raises:
@@ -88,6 +90,8 @@ def peft_config(lora: LoRAConfig) -> LoraConfig:
     """
     name = lora.adapter_name_or_path
     if name is None:
+        from peft import LoraConfig
+
         assert lora.lora_r is not None  # the config fills these for a new adapter
         assert lora.lora_alpha is not None
         init = lora.init_lora_weights
@@ -117,12 +121,15 @@ def skeleton(model_config: PreTrainedConfig, *, trust_remote_code: bool) -> PreT
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
-def check_adapter(lora: LoRAConfig, model: PreTrainedModel) -> None:
+def check_adapter(
+    lora: LoRAConfig, model: PreTrainedModel, quantized: Set[str] = frozenset()
+) -> None:
     """Refuse an adapter that the model cannot have.
 
     Args:
         lora: what is asked for.
         model: see `skeleton`; gets the adapter's layers.
+        quantized: its layers that will be quantised.
 
     Raises:
         ConfigError: names that are none of its layers, or layers that cannot have one.
@@ -130,15 +137,22 @@ def check_adapter(lora: LoRAConfig, model: PreTrainedModel) -> None:
     """
     config = peft_config(lora)
     targets = _check_targets(model, config)
-    _check_whole_layers(model, config.modules_to_save)
+    _check_whole_layers(model, config.modules_to_save, quantized)
     if moves_base(config.init_lora_weights):
+        if quantized:
+            raise ModelError(
+                f"{_KEY} is {lora.adapter_name_or_path!r}, an adapter that began with pissa: what "
+                "that takes out of a weight, a quantised one cannot give up; leave out "
+                "load_in_4bit and load_in_8bit, or save the adapter as a plain LoRA (peft's "
+                "save_pretrained with path_initial_model_for_weight_conversion)"
+            )
         _check_rank(config, targets)
     inject(model, config, seed=0)
     if lora.adapter_name_or_path is not None:
         _check_shapes(lora, model)
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:
+def _check_targets(model: PreTrainedModel, config: "LoraConfig") -> dict[str, nn.Module]:
     """The layers that `target_modules` names."""
     named = {name: module for name, module in model.named_modules() if name}
     wanted = config.target_modules
@@ -180,7 +194,9 @@ def _matching(pattern: str, named: Mapping[str, nn.Module]) -> list[str]:
         ) from error
 
 
-def _check_whole_layers(model: PreTrainedModel, wanted: list[str] | None) -> None:
+def _check_whole_layers(
+    model: PreTrainedModel, wanted: list[str] | None, quantized: Set[str]
+) -> None:
     names = [name for name, _ in model.named_modules() if name]
     tied = _tied_layers(model)
     for end in wanted or ():
@@ -189,9 +205,14 @@ def _check_whole_layers(model: PreTrainedModel, wanted: list[str] | None) -> Non
             raise _unknown("modules_to_save", end, names)
         if both := tied.intersection(meant):
             raise _is_tied("modules_to_save", min(both))
+        if packed := [n for n in quantized if any(f"{n}.".startswith(f"{m}.") for m in meant)]:
+            raise ConfigError(
+                f"modules_to_save names {end!r}, and {min(packed)} is quantised, so that it "
+                "cannot train whole; leave it out: an adapter trains there"
+            )
 
 
-def _check_rank(config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
+def _check_rank(config: "LoraConfig", targets: Mapping[str, nn.Module]) -> None:
     for name, module in targets.items():
         if isinstance(module, nn.Embedding):
             raise ConfigError(
@@ -266,7 +287,7 @@ def _is_tied(key: str, name: str) -> ConfigError:
 # ---------------------------------------------------------------- into a model
 
 
-def inject(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
+def inject(model: PreTrainedModel, config: "LoraConfig", *, seed: int) -> None:
     """Put adapter layers into a model; only they, and `modules_to_save`, will train.
 
     Adapters are in fp32 whatever their base is in: small updates would be lost in bf16.
@@ -276,6 +297,8 @@ def inject(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
         config: what to put where; may be changed. What PiSSA does comes after, see `add_adapter`.
         seed: of the first numbers.
     """
+    from peft import inject_adapter_in_model
+
     on_meta = next(model.parameters()).is_meta
     init = config.init_lora_weights
     if moves_base(init):
@@ -305,9 +328,11 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
         yield
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """PEFT's layers, by the names of those whose places they took."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+def whole_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's wrappers of layers that train whole, by name."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
@@ -337,6 +362,8 @@ def add_adapter(model: PreTrainedModel, start: StartAdapter) -> Adapter:
     if name is not None:
         _check_shapes(start.lora, model)
         folder = adapter_folder(name, start.lora.adapter_revision, _KEY)
+        from peft import set_peft_model_state_dict
+
         set_peft_model_state_dict(model, read_weights(folder), ADAPTER)
     return Adapter(settings_of(model), taken)
 

@@ -1,5 +1,6 @@
 """`pair_logps`: the one forward that training, the reference pass, evaluation and score share."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from preftune.batching.layout import Block, PairLayout
 from preftune.batching.shards import Shard
 from preftune.distributed.sequence import SequenceGroup
+from preftune.model.activations import HostActivations
 from preftune.model.adapter_files import ADAPTER
 from preftune.model.load_balancing import Routing, experts_a_token, routing_of
 from preftune.model.logprob_head import (
@@ -77,6 +79,8 @@ class PolicyModel(nn.Module):
         self.limits = length_limits(model.config)
         self.compact_head = compact_head
         self.use_cache = use_cache
+        self.activation_offload = False
+        """Whether what a forward keeps for its backward lies in the host's memory."""
         self.sequence_group: SequenceGroup | None = None
         """Who shares the rows of layouts that give each process a part."""
 
@@ -163,13 +167,15 @@ class PolicyModel(nn.Module):
         if self.compact_head:
             # No attention mask and no position ids: right padding needs neither under causal
             # attention, and transformers would read restarting positions as packed documents.
-            output = self.model.base_model(part.input_ids, **options)
+            with self._keeping(part.input_ids.device):
+                output = self.model.base_model(part.input_ids, **options)
             hidden = output[0]
             head = self.model.get_output_embeddings()
             assert head is not None  # the probe refuses a compact head without one
             head = _the_one_that_trains(head)
         else:
-            output = self.model(part.input_ids, **options)
+            with self._keeping(part.input_ids.device):
+                output = self.model(part.input_ids, **options)
             hidden = output.logits
             head = nn.Identity()
         routing = None
@@ -182,6 +188,11 @@ class PolicyModel(nn.Module):
                 own = routing_of(output.router_logits, top_k, block.shard.real)
                 routing = own.summed(self._group.total)
         return hidden.flatten(0, 1)[part.score_positions], head, routing
+
+    def _keeping(self, device: torch.device) -> AbstractContextManager[None]:
+        """Where what the backward needs is kept."""
+        moves = self.activation_offload and torch.is_grad_enabled()
+        return HostActivations().kept(device) if moves else nullcontext()
 
     def _options(self, block: Block) -> dict[str, Any]:
         options: dict[str, Any] = {"use_cache": self.use_cache}

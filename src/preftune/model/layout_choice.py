@@ -13,7 +13,7 @@ from preftune.config.model import AttentionName
 from preftune.errors import ModelError
 from preftune.model.attention import FUSED, REGISTERED, Demands, LayerCall, PackedKernel, why_not
 from preftune.model.forward import PolicyModel
-from preftune.model.layout_probe import TRIAL_REPEATS, Probe, Trial, run_trial
+from preftune.model.layout_probe import TRIAL_REPEATS, Probe, Trial, rounded_to, run_trial
 from preftune.model.load import dropout_settings
 
 
@@ -195,7 +195,7 @@ def _timed(
         refused.update(dict.fromkeys(kernels, why))
         return {}
     seconds: dict[PackedKernel, float] = {"sdpa": plain.seconds}
-    dtype = setting.autocast or setting.policy.model.dtype
+    dtype = rounded_to(setting.policy, setting.autocast)
     for kernel in kernels:
         try:
             trial = setting.trial(kernel)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from preftune.batching.layout import Layout, PairLayout, build_layout
 from preftune.model.attention import LayerCall
 from preftune.model.forward import PolicyModel, pair_logps
+from preftune.model.quantization import product_dtype
 from preftune.schema import Completion, TokenizedExample
 
 # Mean and largest difference of a token's log-prob, nats: rounding, against a wrong mask, which
@@ -72,7 +73,15 @@ class Probe:
             calls = block.segments.calls
             if len(calls) != layers:
                 return f"{len(calls)} of its {layers} layers called the packed attention", calls
-        return differing(packed, self.padded, self.autocast or policy.model.dtype), calls
+        return differing(packed, self.padded, rounded_to(policy, self.autocast)), calls
+
+
+def rounded_to(policy: PolicyModel, autocast: torch.dtype | None) -> torch.dtype:
+    """The type whose rounding the model's numbers show: of products, or of the weights."""
+    if autocast is not None:
+        return autocast
+    own = policy.model.dtype
+    return max(own, product_dtype(policy) or own, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def differing(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:

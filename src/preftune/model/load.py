@@ -22,8 +22,15 @@ from transformers.utils import logging as transformers_logging
 from preftune.config.export import SaveDtype
 from preftune.config.model import ModelConfig
 from preftune.errors import ModelError
+from preftune.model.activations import recompute
 from preftune.model.forward import PolicyModel
 from preftune.model.probe import head_is_plain
+from preftune.model.quantization import (
+    loading_options,
+    make_right,
+    num_weights,
+    refuse_quantized_files,
+)
 
 if TYPE_CHECKING:
     from preftune.model.adapters import Adapter
@@ -50,8 +57,8 @@ class LoadedModel:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, tied ones once."""
-        return sum(p.numel() for p in self.policy.parameters())
+        """Parameters, tied ones once; of packed ones the numbers that they stand for."""
+        return sum(num_weights(p) for p in self.policy.parameters())
 
     @property
     def num_trainable(self) -> int:
@@ -173,6 +180,8 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
             f"{attention!r}, which is code of a repository; delete attn_implementation there, and "
             "choose one with --attn_implementation"
         )
+    if "gguf_file" not in options:  # transformers unpacks those
+        refuse_quantized_files(loaded, name)
     return loaded
 
 
@@ -205,13 +214,17 @@ def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
         raise _cannot_load("model", key, name, error) from error
 
 
-def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
+def load_model(
+    config: ModelConfig, device: torch.device, products: torch.dtype | None = None
+) -> LoadedModel:
     """Load the causal LM that the config names, in eval mode, on `device`.
 
     Args:
         config: what to load; `dtype` is how the weights are kept.
         device: where to put it; on "meta" it has shapes and no numbers, and whether its head can be
             compact is not known.
+        products: the type that products will be computed in, where it is not the weights'; 4-bit
+            weights are unpacked to it.
 
     Raises:
         ModelError: it cannot be found or read, or lacks weights.
@@ -223,12 +236,7 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     source_dtype = getattr(model_config, "dtype", None) or torch.float32
     zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
     path, options = _model_location(config)
-    if config.attn_implementation in ("eager", "sdpa"):
-        # The other kernels are given to the model when it is known to be right with them
-        # (`layout_choice`); until then it computes in types that they cannot.
-        options["attn_implementation"] = config.attn_implementation
-    if device.type == "meta":
-        options["device_map"] = "meta"
+    options |= _placing(config, device, products)
     try:
         # With output_loading_info it returns a pair, which its annotation does not say.
         model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -253,14 +261,32 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     if config.disable_dropout:
         _zero_dropout_modules(model)
     nn.Module.to(model, device)
+    if config.is_quantized:
+        make_right(model)
     model.eval()
     compact = device.type != "meta" and head_is_plain(model)
     if config.gradient_checkpointing:
-        # transformers renamed it after 5.17, the oldest version supported here.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute(model, config.gradient_checkpointing)
     policy = PolicyModel(model, compact_head=compact, use_cache=config.use_cache)
+    policy.activation_offload = config.activation_offload
     return LoadedModel(policy, source_dtype, zeroed)
+
+
+def _placing(
+    config: ModelConfig, device: torch.device, products: torch.dtype | None
+) -> dict[str, Any]:
+    """How transformers shall lay a model out."""
+    options: dict[str, Any] = {}
+    if config.attn_implementation in ("eager", "sdpa"):
+        # The other kernels are given to the model when it is known to be right with them
+        # (`layout_choice`); until then it computes in types that they cannot.
+        options["attn_implementation"] = config.attn_implementation
+    if device.type == "meta":
+        options["device_map"] = "meta"
+    elif config.is_quantized:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = loading_options(config, products)
+    return options
 
 
 def saved_dtype(loaded: LoadedModel, choice: SaveDtype) -> torch.dtype:
@@ -353,10 +379,12 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those of `named_weights` that training may change: no frozen parameters."""
+    # Quantised layers also put the scales of their weights among the names, which are no buffers.
+    buffers = {id(buffer) for buffer in model.buffers()}
     return {
         name: tensor
         for name, tensor in named_weights(model).items()
-        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        if tensor.requires_grad or id(tensor) in buffers
     }
 
 

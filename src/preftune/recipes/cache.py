@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.config.cache import CacheExportConfig, CacheVerifyConfig
@@ -15,10 +16,11 @@ from preftune.config.parser import parse_config
 from preftune.config.paths import cache_root
 from preftune.data.table import TokenRows
 from preftune.distributed.folders import look_at_folder
-from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import CacheError, CheckpointError, ConfigError, Findings
 from preftune.files import replacing
 from preftune.model.adapters import StartAdapter
+from preftune.model.layout_probe import rounded_to
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, prepare_tokenizer
 from preftune.recipes.preflight import look_at_cache, look_at_model, slow_settings
 from preftune.recipes.reference import Reference, open_reference, rows_to_score, stage_name
@@ -111,7 +113,8 @@ def _open(config: ExperimentConfig) -> tuple[Reference, Pairs, bool]:
     fields, policy = model.identify(layout), model.loaded.policy
     runtime.spread_frozen(policy, config)
     reference = open_reference(pinned, policy, fields, layout, pairs, cache, runtime, display)
-    return reference, pairs, runtime.precision == "fp32" and config.dtype == "float32"
+    is_exact = rounded_to(policy, AUTOCAST[runtime.precision]) == torch.float32
+    return reference, pairs, is_exact
 
 
 def _start_of(config: ExperimentConfig) -> RunStart:

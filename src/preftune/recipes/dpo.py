@@ -5,11 +5,12 @@ The stage decides what rows are read as, and the objective; a reference there is
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.micro_batches import MicroBatching
@@ -19,10 +20,13 @@ from preftune.config.paths import cache_root
 from preftune.distributed.folders import SeenFolder, look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
+from preftune.model.adapter_files import base_record
 from preftune.model.adapters import StartAdapter
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
+from preftune.model.layout_probe import rounded_to
 from preftune.model.load import LoadedModel
+from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
 from preftune.objective import objective_of
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
@@ -125,7 +129,7 @@ def _train(
         display.say(sentence)
     engine = runtime.spread(
         loaded.policy,
-        partial(make_optimizer, config=config),
+        partial(make_optimizer, config=config, seed=config.seed),
         config,
         max_grad_norm=config.max_grad_norm,
     )
@@ -161,7 +165,7 @@ def _train(
         objective,
         batcher,
         micro_batching.split(compared_rows(len(examples))),
-        is_exact=precision == "fp32" and config.dtype == "float32",
+        is_exact=rounded_to(loaded.policy, AUTOCAST[precision]) == torch.float32,
         plain=policy.plain,
         reference_is_start=config.reference_model_name_or_path is None,
     )
@@ -272,6 +276,8 @@ class _StartPolicy:
             pairs.longest_side,
         )
         share_rows(loaded.policy, layout, runtime)
+        for sentence in _told_of_quantization(config, loaded):
+            display.say(sentence)
         if layout.why:
             display.say(f"pairs are padded: {layout.why}")
         fields = model.identify(layout)
@@ -279,10 +285,37 @@ class _StartPolicy:
             "commit": config.model_revision,
             "weights": fields["weights"],
             "parameters": loaded.num_parameters,
+            "quantized_parameters": num_quantized(loaded.policy),
+            "bytes": num_bytes(loaded.policy),
             "trainable_parameters": loaded.num_trainable,
             "adapter_commit": config.adapter_revision,
         }
         return cls(loaded, layout, plain, fields, about)
+
+
+def _told_of_quantization(config: ExperimentConfig, loaded: LoadedModel) -> list[str]:
+    """What is quantised, and where that differs from what the run's adapter was trained over."""
+    sentences, model = [], loaded.policy.model
+    if config.is_quantized:
+        sentences.append(
+            f"{num_quantized(model):,} of {loaded.num_parameters:,} parameters are quantised; the "
+            f"model takes {num_bytes(model):,} bytes"
+        )
+    if config.adapter_name_or_path is not None:
+        name = config.adapter_name_or_path
+        then = base_record(name, config.adapter_revision, "adapter_name_or_path")
+        now = base_as_trained(model, config)
+        if then and then != now:
+            sentences.append(
+                f"the adapter {name} was trained over a base with {_options(then)}, and here it "
+                f"has {_options(now) or 'plain weights'}: the run starts from, and is measured "
+                "against, another model than that one was"
+            )
+    return sentences
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def share_rows(policy: PolicyModel, layout: LayoutChoice, runtime: Runtime) -> None:

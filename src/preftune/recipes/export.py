@@ -8,11 +8,13 @@ import torch
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.export import SaveDtype
+from preftune.distributed.runtime import AUTOCAST
 from preftune.errors import CheckpointError
 from preftune.model.adapters import StartAdapter, add_adapter
 from preftune.model.load import load_model, own_weights, saved_dtype, stop_at
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import prepare_tokenizer
+from preftune.recipes.preflight import check_quantization
 from preftune.training.integrity import MANIFEST, STATE, read_document
 from preftune.training.restore import load_weights, taken_at_start
 from preftune.training.run_folder import check_writable
@@ -57,7 +59,8 @@ def export(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = prepare_tokenizer(config)
-    loaded = load_model(config, torch.device("cpu"))
+    check_quantization(config)
+    loaded = load_model(config, torch.device("cpu"), AUTOCAST[facts["precision"]])
     start = StartAdapter.of(config, config.seed, taken_at_start(source))
     if start is not None:
         loaded.adapter = add_adapter(loaded.policy.model, start)

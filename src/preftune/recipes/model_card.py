@@ -41,10 +41,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+_QUANTIZED_USAGE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+settings = BitsAndBytesConfig({settings})
+base = AutoModelForCausalLM.from_pretrained(
+    "{model}", dtype="{dtype}", quantization_config=settings
+)
+model = PeftModel.from_pretrained(base, "PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+
+# The adapter was trained over this quantised base. `preftune merge` adds it to the weights that
+# these stand for, not to the original ones."""
 
 
 def model_card(
-    config: ExperimentConfig, manifest: Mapping[str, Any], is_adapter: bool = False
+    config: ExperimentConfig,
+    manifest: Mapping[str, Any],
+    is_adapter: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with the hub's metadata in front.
 
@@ -52,6 +67,7 @@ def model_card(
         config: of the run.
         manifest: of the run; its counts are quoted.
         is_adapter: whether the folder holds a LoRA adapter alone.
+        record: how the adapter's base was quantised, if it was; see `base_record`.
     """
     train = manifest["data"]["train"]
     # A local path is the machine's own; the hub's metadata wants a name.
@@ -65,7 +81,7 @@ def model_card(
         model=name,
         library="peft" if is_adapter else "transformers",
         what="A LoRA adapter for" if is_adapter else "Fine-tuned from",
-        usage=_ADAPTER_USAGE.format(model=name) if is_adapter else _MODEL_USAGE,
+        usage=_usage(name, is_adapter, record or {}),
         **_training_of(config, model[-1]),
         version=manifest["versions"]["preftune"],
         dataset=", ".join(name.rsplit("/", 1)[-1] for name, _ in config.sources),
@@ -80,6 +96,16 @@ def model_card(
         precision=manifest["precision"],
         save_dtype=manifest["save_dtype"],
     )
+
+
+def _usage(model: str, is_adapter: bool, record: Mapping[str, Any]) -> str:
+    if not record:
+        return _ADAPTER_USAGE.format(model=model) if is_adapter else _MODEL_USAGE
+    settings = {key: value for key, value in record.items() if key != "dtype"}
+    if "load_in_8bit" in settings:
+        settings["llm_int8_threshold"] = 0.0
+    words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return _QUANTIZED_USAGE.format(settings=words, model=model, dtype=record["dtype"])
 
 
 def _training_of(config: ExperimentConfig, model: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.files import fsync, remove_tree
 from preftune.model.adapter_files import write_adapter
 from preftune.model.load import LoadedModel, save_model
+from preftune.model.quantization import base_as_trained
 from preftune.recipes.model_card import model_card
 from preftune.redaction import redacted
 
@@ -46,6 +47,7 @@ def write_model_folder(
     temporary = folder.with_name(f".partial-{folder.name}")
     remove_tree(temporary)
     try:
+        record = base_as_trained(loaded.policy.model, config)
         if loaded.adapter is None:
             dtype = save_model(loaded, weights, tokenizer, temporary)
         else:
@@ -56,10 +58,12 @@ def write_model_folder(
                 loaded.adapter.taken,
                 base=str(config.model_name_or_path),
                 revision=revision,
+                record=record,
             )
             tokenizer.save_pretrained(temporary)
         name = str(dtype).removeprefix("torch.")
-        card = model_card(config, {**facts, "save_dtype": name}, loaded.adapter is not None)
+        facts = {**facts, "save_dtype": name}
+        card = model_card(config, facts, loaded.adapter is not None, record)
         (temporary / "README.md").write_text(redacted(card), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)

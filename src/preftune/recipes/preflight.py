@@ -14,7 +14,7 @@ from preftune.config.distributed import DistributedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
 from preftune.config.paths import cache_root
-from preftune.config.training import MixedPrecision
+from preftune.config.training import MixedPrecision, TrainingConfig
 from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
@@ -23,6 +23,7 @@ from preftune.model.adapters import check_adapter, commit_of, peft_config, skele
 from preftune.model.attention_shards import check_heads
 from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
+from preftune.model.quantization import PACKAGE, names_to_quantize
 from preftune.recipes.pairs import prepare_tokenizer
 from preftune.recipes.reference import pin_reference
 from preftune.tracking.tracker import check_trackers
@@ -92,6 +93,10 @@ def look_at_model(
     with findings:
         check_engine(config)
     with findings:
+        check_optimizer(config)
+    with findings:
+        check_quantization(config)
+    with findings:
         check_trackers(config.report_to)
     with findings:
         # A branch may move while the run is away: what it stood for at the start stays.
@@ -122,7 +127,8 @@ def check_lora(config: ExperimentConfig) -> None:
         ModelError: the adapter to go on with cannot be read, or is another model's.
     """
     trusted = config.trust_remote_code
-    check_adapter(config, skeleton(load_model_config(config), trust_remote_code=trusted))
+    model = skeleton(load_model_config(config), trust_remote_code=trusted)
+    check_adapter(config, model, names_to_quantize(model) if config.is_quantized else frozenset())
     dropout, size = peft_config(config).lora_dropout, config.sequence_parallel_size
     if dropout and size > 1:
         raise ConfigError(
@@ -181,6 +187,47 @@ def check_engine(config: DistributedConfig) -> None:
         )
 
 
+def check_optimizer(config: TrainingConfig) -> None:
+    """Refuse an optimizer that this machine has not.
+
+    Args:
+        config: which.
+
+    Raises:
+        ConfigError: its package is absent, or it needs a GPU.
+    """
+    name = config.optimizer
+    if name not in ("adamw_8bit", "paged_adamw_8bit"):
+        return
+    if name == "paged_adamw_8bit" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optimizer is {name!r}, which pages memory between a GPU and the host, and torch sees "
+            "no GPU here; set --optimizer adamw_8bit"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer is {name!r}, and the package bitsandbytes is not installed; install it "
+            "(pip install 'preftune[quant]'), or set --optimizer adamw_torch_8bit"
+        )
+
+
+def check_quantization(model: ModelConfig) -> None:
+    """Refuse quantised weights where what makes them is absent.
+
+    Args:
+        model: how it shall be loaded.
+
+    Raises:
+        ConfigError: bitsandbytes is needed, and not installed.
+    """
+    if model.is_quantized and find_spec(PACKAGE) is None:
+        key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise ConfigError(
+            f"{key} is true, and the package bitsandbytes is not installed; install it (pip "
+            f"install 'preftune[quant]'), or leave {key} out"
+        )
+
+
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
     """Refuse what the device cannot do.
 
@@ -198,6 +245,11 @@ def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:
         problems.append(
             f"attn_implementation is {model.attn_implementation!r}, which {lacks}; "
             "set --attn_implementation auto"
+        )
+    if model.activation_offload and not has_cuda:
+        problems.append(
+            "activation_offload is true, which moves activations from a GPU to the host, and torch "
+            "sees no GPU here; leave it out"
         )
     if has_cuda:
         problems += [

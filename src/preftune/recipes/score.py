@@ -34,7 +34,7 @@ from preftune.recipes.pairs import (
     model_context,
     prepare_tokenizer,
 )
-from preftune.recipes.preflight import check_device, slow_settings
+from preftune.recipes.preflight import check_device, check_quantization, slow_settings
 from preftune.recipes.same_start import agree_on_data, agree_on_start
 from preftune.recipes.start_model import StartModel
 from preftune.schema import TokenizedExample
@@ -120,6 +120,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
 
     def look() -> PreTrainedTokenizerBase:
         check_device(config, config.mixed_precision)
+        check_quantization(config)
         if config.reference_model_name_or_path:
             check_model_files(config.reference_model_name_or_path, "reference_model_name_or_path")
         return prepare_tokenizer(config)

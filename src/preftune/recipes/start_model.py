@@ -47,7 +47,7 @@ class StartModel:
         place = starting_place(runtime.device, runtime, is_cut=is_cut)
 
         def load() -> LoadedModel:
-            loaded = load_model(config, place)
+            loaded = load_model(config, place, AUTOCAST[runtime.precision])
             if adapter is not None:
                 loaded.adapter = add_adapter(loaded.policy.model, adapter)
             return loaded

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from preftune.model.adapters import settings_of
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import FORWARD_VERSION, PolicyModel
+from preftune.model.quantization import describe
 from preftune.reference.store import STORE_VERSION
 from preftune.schema import Completion, TokenizedExample
 
@@ -52,6 +53,7 @@ def namespace_fields(
     return {
         "weights": weights_fingerprint(policy.model),
         **({"adapter": adapter} if adapter else {}),
+        **describe(policy.model),
         "model_config": fields,
         "dtype": str(next(policy.parameters()).dtype),
         "precision": precision,

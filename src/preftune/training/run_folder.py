@@ -56,6 +56,7 @@ MAY_CHANGE = frozenset(
         "per_device_eval_batch_size",
         "max_tokens_per_microbatch",
         "gradient_checkpointing",
+        "activation_offload",
         # How the same steps are spread over devices.
         "zero_stage",
         "offload_optimizer",

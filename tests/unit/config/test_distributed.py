@@ -22,7 +22,16 @@ REFUSED = [
     ({"fsdp_offload_params": True}, "fsdp is 'no', so nothing reads it"),
     ({"fsdp_reshard_after_forward": True}, "fsdp is 'no', so nothing reads it"),
     ({"zero_stage": 1, "sync_reference": True}, "the live reference is a whole copy"),
-    ({"fsdp": "full_shard", "optimizer": "sgd"}, "PyTorch's fused SGD cannot update"),
+    ({"fsdp": "full_shard", "optimizer": "sgd"}, "it cannot update weights that are cut"),
+    ({"fsdp": "full_shard", "optimizer": "muon"}, "it cannot update weights that are cut"),
+    ({"fsdp": "full_shard", "optimizer": "adafactor"}, "it cannot update weights that are cut"),
+    ({"fsdp": "full_shard", "optimizer": "adamw_8bit"}, "take adamw, adamw_torch_8bit or"),
+    ({"zero_stage": 0, "optimizer": "adamw_8bit"}, "across weights: take adamw or sgd"),
+    ({"zero_stage": 3, "optimizer": "adamw_torch_8bit"}, "across weights: take adamw or sgd"),
+    (
+        {"zero_stage": 1, "stochastic_rounding": True, "dtype": "bfloat16"},
+        "DeepSpeed updates float32 copies",
+    ),
 ]
 
 

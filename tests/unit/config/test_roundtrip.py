@@ -101,8 +101,17 @@ warmups = st.one_of(
     given_or_not(lr_scheduler_type=st.sampled_from(SCHEDULES), warmup_steps=st.integers(0, 99)),
     st.just({"lr_scheduler_type": "constant"}),
 )
-optimizers = st.just({"optimizer": "sgd"}) | given_or_not(
-    adam_beta1=fraction, adam_beta2=fraction, adam_epsilon=positive
+optimizers = st.one_of(
+    st.just({"optimizer": "sgd"}),
+    given_or_not(
+        optimizer=st.sampled_from(["adamw_torchao_4bit", "paged_adamw_8bit"]),
+        adam_beta1=fraction,
+        adam_beta2=fraction,
+        adam_epsilon=positive,
+    ),
+    given_or_not(optimizer=st.just("muon"), adam_beta1=fraction),
+    st.fixed_dictionaries({"optimizer": st.just("muon"), "muon_momentum": fraction}),
+    st.just({"optimizer": "adafactor"}),
 )
 evaluations = st.one_of(
     st.fixed_dictionaries({"test_size": fraction | counts}, optional={"eval_steps": counts}),

@@ -42,6 +42,9 @@ BAD = [
     ({"run_name": "a\x7fb"}, "run_name"),
     ({"tokenizer_revision": "main"}, "tokenizer_revision"),
     ({"use_cache": True, "gradient_checkpointing": True}, "use_cache"),
+    ({"use_cache": True, "gradient_checkpointing": "selective"}, "use_cache"),
+    ({"activation_offload": True}, "activation_offload"),
+    ({"activation_offload": True, "gradient_checkpointing": "selective"}, "activation_offload"),
     ({"dataset_mixer": {"a": 1.0}}, "dataset_name"),
     ({"dataset_mixer_list": ["a", "1"]}, "dataset_name"),
     ({"dataset_mixer": {"a": 1}, "dataset_mixer_list": ["a", 1]}, "dataset_name"),
@@ -114,6 +117,18 @@ BAD = [
     ({"adam_beta1": 1.0}, "adam_beta1"),
     ({"adam_beta2": -0.1}, "adam_beta2"),
     ({"adam_epsilon": 0.0}, "adam_epsilon"),
+    ({"optimizer": "adafactor", "adam_beta1": 0.9}, "adam_beta1"),
+    ({"optimizer": "adafactor", "adam_epsilon": 1e-8}, "adam_epsilon"),
+    ({"muon_momentum": 0.9}, "muon_momentum"),
+    ({"optimizer": "muon", "muon_momentum": 1.0}, "muon_momentum"),
+    ({"optimizer": "muon", "use_lora": True}, "optimizer"),
+    ({"stochastic_rounding": True}, "stochastic_rounding"),
+    ({"stochastic_rounding": True, "dtype": "bfloat16", "use_lora": True}, "stochastic_rounding"),
+    ({"stochastic_rounding": True, "dtype": "bfloat16", "optimizer": "sgd"}, "stochastic_rounding"),
+    (
+        {"stochastic_rounding": True, "dtype": "bfloat16", "optimizer": "adamw_8bit"},
+        "stochastic_rounding",
+    ),
     ({"optimizer": "sgd", "adam_beta1": 0.9}, "adam_beta1"),
     ({"max_grad_norm": -1.0}, "max_grad_norm"),
     ({"column_map": {"question": "prompt"}}, "column_map"),
@@ -289,6 +304,11 @@ def test_what_is_left_unset_is_resolved():
     assert make(max_train_steps=3).num_epochs is None
     assert make(warmup_steps=3).warmup_ratio is None
     assert make(lr_scheduler_type="constant").warmup_ratio is None
+    assert make(optimizer="adafactor").adam_beta1 is None
+    assert make(optimizer="muon").adam_beta1 == 0.9
+    assert make(optimizer="muon").muon_momentum == 0.95
+    assert make(optimizer="adamw_torchao_8bit").optimizer == "adamw_torch_8bit"
+    assert make(optimizer="adamw_bnb_8bit").optimizer == "adamw_8bit"
     assert make(optimizer="sgd").adam_beta1 is None
     assert make(test_size=1).eval_strategy == "epoch"
     assert make(test_size=1, eval_steps=5).eval_strategy == "steps"

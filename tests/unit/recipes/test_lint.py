@@ -66,6 +66,7 @@ def test_each_is_said_with_its_source(models, settings, pattern):
         {"loss_type": "dpo_norm", "beta": 1.0},
         {"loss_type": "simpo"},
         {"loss_type": "ipo", "beta": 5.0},
+        {"stage": "sft", "learning_rate": 2e-5, "num_epochs": 5.0},
     ],
     ids=str,
 )

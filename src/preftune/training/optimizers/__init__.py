@@ -1,0 +1,1 @@
+"""Optimizers besides PyTorch's fused ones; `training.optimizer` makes them by name."""
