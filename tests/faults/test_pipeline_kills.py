@@ -31,7 +31,7 @@ def tiny(root: Path) -> Path:
 
 
 def embedded(root: Path) -> Path:
-    """Twelve steps of each training."""
+    """Six steps of each training."""
     if not DATA.is_dir():
         pytest.skip("PREFTUNE_DATA holds no rasbt-polite")
     if not (MODEL / "config.json").is_file():
@@ -43,9 +43,10 @@ def embedded(root: Path) -> Path:
         "model_name_or_path": str(MODEL),
         "use_lora": True,
         "learning_rate": 1e-4,
-        "max_train_steps": 12,
-        "per_device_train_batch_size": 4,
-        "checkpointing_steps": 4,
+        "max_train_steps": 6,
+        "max_train_samples": 48,
+        "per_device_train_batch_size": 2,
+        "checkpointing_steps": 2,
         "mixed_precision": "fp32",
         "progress": "none",
         "stages": {

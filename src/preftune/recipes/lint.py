@@ -20,7 +20,7 @@ def risky_settings(config: ExperimentConfig, num_epochs: float) -> list[str]:
         num_epochs: passes over the training pairs.
     """
     if config.stage != "dpo":
-        return []
+        return []  # what is known is of preference tuning
     found = _risky_rate(config) + _risky_betas(config)
     if num_epochs > EPOCHS:
         found.append(
