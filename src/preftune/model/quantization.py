@@ -4,11 +4,11 @@ Adapters train over them (QLoRA); the quantised weights themselves never change.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -86,9 +86,9 @@ def make_right(model: PreTrainedModel) -> None:
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """The layers whose weights are in 4 or 8 bits, by name."""
-    if find_spec(PACKAGE) is None:
+    library = sys.modules.get(PACKAGE)
+    if library is None:  # nothing here has made such a layer
         return {}
-    library = _library()
     kinds = (library.nn.Linear4bit, library.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
