@@ -70,7 +70,7 @@ def test_equal_configurations_are_said_to_be(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["presets", "zephyr"], "the preset is 'zephyr'; it must be laptop, "),
+        (["presets", "zephyr"], "the preset is 'zephyr'; it must be handbook-dpo, "),
         (["presets", "a", "b"], "config presets got a b; write: preftune config presets [NAME]"),
         (["schema", "--beta"], "config schema got --beta; write: preftune config schema"),
         (["diff", "a.yaml"], "config diff got a.yaml; write: preftune config diff A B"),
