@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preftune.recipes.dpo import train
+from preftune.recipes.train import train
 from tests.runs import tiny_config
 
 

@@ -15,7 +15,8 @@ from preftune.batching.batcher import MicroBatch
 from preftune.losses import PairLogps
 from preftune.model.forward import SequenceLogps
 from preftune.objective import PairObjective
-from preftune.recipes import dpo, run
+from preftune.recipes import run
+from preftune.recipes import train as training_recipe
 from preftune.tracking.progress import ProgressDisplay
 
 from .clock import Clock, Timer
@@ -61,8 +62,8 @@ def train(task: dict[str, Any], settings: dict[str, Any], bf16: bool) -> dict[st
     config = _config(work, {"mixed_precision": "bf16" if bf16 else "fp32"} | settings)
     watch = Watch("plain")
     watch.clock = Clock(work.warmup, work.steps)
-    with patch.object(dpo, "ProgressDisplay", lambda *args, **kwargs: watch):
-        result = dpo.train(config)
+    with patch.object(training_recipe, "ProgressDisplay", lambda *args, **kwargs: watch):
+        result = training_recipe.train(config)
     lines = _metrics(work)
     return watch.clock.result() | {
         "losses": [line["loss"] for line in lines],
@@ -100,11 +101,11 @@ def gate(task: dict[str, Any], base: str) -> dict[str, Any]:
         for place, name, value in (
             # No steps: not to be recorded.
             (run, "try_heaviest", lambda *args, **kwargs: None),
-            (dpo, "check_step_zero", lambda *args, **kwargs: None),
-            (dpo, "objective_of", Recording),
+            (training_recipe, "check_step_zero", lambda *args, **kwargs: None),
+            (training_recipe, "objective_of", Recording),
         ):
             patches.enter_context(patch.object(place, name, value))
-        dpo.train(config)
+        training_recipe.train(config)
     lines = _metrics(work)
     return sums | {
         "losses": [line["loss"] for line in lines],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from preftune.config.experiment import ExperimentConfig
     from preftune.data.transforms import DropRow
-    from preftune.recipes.dpo import train
+    from preftune.recipes.train import train
     from preftune.recipes.score import score
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["DropRow", "ExperimentConfig", "__version__", "score", "train"]
 _HOMES = {
     "DropRow": "preftune.data.transforms",
     "ExperimentConfig": "preftune.config.experiment",
-    "train": "preftune.recipes.dpo",
+    "train": "preftune.recipes.train",
     "score": "preftune.recipes.score",
 }
 

@@ -13,7 +13,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.errors import ModelError
 from preftune.model.forward import PolicyModel
 from preftune.model.layout_choice import LayoutChoice
-from preftune.recipes.dpo import share_rows
+from preftune.recipes.train import share_rows
 from tests.distributed.beside_one import TRAIN_ALL, check_equal, runs
 from tests.launches import output_of
 from tests.runs import read_metrics

@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
     # One thread: a forked child cannot use the threads of its parent.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import preftune.recipes.dpo  # noqa: F401  # once, for all children
+    import preftune.recipes.train  # noqa: F401  # once, for all children
     from tests.faults.kills import Laboratory
 
     with tempfile.TemporaryDirectory() as folder:

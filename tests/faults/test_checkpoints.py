@@ -137,7 +137,7 @@ KILLED = """
 import json, os, shutil, signal, sys
 from preftune.cli.main import main
 from preftune.distributed import runtime  # as all that a run imports: children have it by then
-from preftune.recipes import dpo
+from preftune.recipes import train
 from preftune.training import checkpoint
 
 def kill(*_, **__):

@@ -27,7 +27,7 @@ CHILD = textwrap.dedent(
     from preftune.config.experiment import ExperimentConfig
     from preftune.config.score import ScoreConfig
     from preftune.errors import PreftuneError
-    from preftune.recipes.dpo import train
+    from preftune.recipes.train import train
 
     settings, scored = json.loads(sys.argv[1])
     NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

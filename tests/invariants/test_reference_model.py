@@ -11,7 +11,7 @@ from preftune import ExperimentConfig, train
 from preftune.config.score import ScoreConfig
 from preftune.errors import CheckpointError
 from preftune.model.forward import PolicyModel
-from preftune.recipes import dpo
+from preftune.recipes import train as training_recipe
 from preftune.recipes.score import score
 from tests.runs import read_metrics, tiny_config
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -66,7 +66,7 @@ def test_the_store_belongs_to_the_model_not_to_its_role(tmp_path, other):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_its_memory_is_free_before_training(tmp_path, other, monkeypatch, precision):
     loaded = []
-    open_reference = dpo.open_reference
+    open_reference = training_recipe.open_reference
 
     def counted(*args, **kwargs):
         reference = open_reference(*args, **kwargs)
@@ -82,8 +82,8 @@ def test_its_memory_is_free_before_training(tmp_path, other, monkeypatch, precis
 
     gc.collect()
     others = models()
-    monkeypatch.setattr(dpo, "open_reference", counted)
-    monkeypatch.setattr(dpo.TrainState, "at_start", at_start)
+    monkeypatch.setattr(training_recipe, "open_reference", counted)
+    monkeypatch.setattr(training_recipe.TrainState, "at_start", at_start)
     with pytest.raises(KeyboardInterrupt):
         train(with_reference(tmp_path, other, mixed_precision=precision))
     assert [number - others for number in loaded] == [2, 1]

@@ -11,7 +11,7 @@ import pytest
 
 from preftune.config.score import ScoreConfig
 from preftune.errors import DataError
-from preftune.recipes.dpo import train
+from preftune.recipes.train import train
 from preftune.recipes.score import score
 from tests.runs import read_metrics, tiny_config
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
@@ -98,7 +98,7 @@ OUT_OF_MEMORY = textwrap.dedent(
     from pathlib import Path
     from preftune.config.experiment import ExperimentConfig
     from preftune.errors import ConfigError
-    from preftune.recipes.dpo import train
+    from preftune.recipes.train import train
     from tests.runs import tiny_settings
 
     root = Path(sys.argv[1])

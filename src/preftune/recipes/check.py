@@ -15,7 +15,7 @@ from preftune.data.transforms import load_transforms
 from preftune.distributed.runtime import resolve_precision
 from preftune.distributed.sequence import num_groups
 from preftune.errors import Findings
-from preftune.recipes.dpo import count_steps
+from preftune.recipes.train import count_steps
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import (

@@ -30,7 +30,7 @@ from preftune.errors import CheckpointError, Findings, PreftuneError
 from preftune.files import hold_alone, write_atomically
 from preftune.model.adapter_files import adapter_folder
 from preftune.model.load import check_model_files
-from preftune.recipes.dpo import train
+from preftune.recipes.train import train
 from preftune.recipes.merge import merge
 from preftune.recipes.pairs import (
     load_dataset_pairs,

@@ -14,7 +14,7 @@ from preftune.config.verifying import VerifyResumeConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
 from preftune.files import remove_tree
-from preftune.recipes.dpo import train
+from preftune.recipes.train import train
 from preftune.training.run_folder import RunFolder
 
 
