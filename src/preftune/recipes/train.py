@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from preftune.batching.batcher import RowBatcher
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.paths import cache_root
+from preftune.distributed.engine import Engine
 from preftune.distributed.folders import SeenFolder, look_at_folder
 from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError, Interrupted, ModelError, TrainingDiverged
@@ -27,7 +29,7 @@ from preftune.model.layout_choice import LayoutChoice
 from preftune.model.layout_probe import rounded_to
 from preftune.model.load import LoadedModel
 from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
-from preftune.objective import objective_of
+from preftune.objective import Objective, objective_of
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
@@ -123,7 +125,7 @@ def _train(
 
     # ---------------------------------------------------------------- model and reference
     policy = _StartPolicy.open(pinned, start, pairs, runtime, display)
-    loaded, layout, examples = policy.loaded, policy.layout, pairs.train.examples
+    loaded, layout = policy.loaded, policy.layout
     live_reference = LiveReference.of(config, loaded.policy, runtime)
     for sentence in describe_sync(config, num_steps):
         display.say(sentence)
@@ -135,46 +137,24 @@ def _train(
     )
     run = Run(config, start, runtime, display, tokenizer, pairs, loaded, layout, sampler, num_steps)
     run.manifest["model"] = policy.about
-    reference = None
-    if config.stores_reference:
-        reference = open_reference(
-            pinned, loaded.policy, policy.fields, layout, pairs, cache, runtime, display
-        )
-        run.manifest |= reference.describe(pinned)
-    batcher, held_out = run.batchers(reference)
-    if reference is not None:
-        reference.release()  # training needs the memory
+    batcher, held_out = _with_reference(run, pinned, policy, cache)
     objective = objective_of(
         loss_of(config),
         live_reference=live_reference,
         load_balancing_weight=config.load_balancing_weight,
     )
     micro_batching = MicroBatching(
-        examples.sizes,
+        pairs.train.examples.sizes,
         layout.name,
         config.per_device_train_batch_size,
         config.max_tokens_per_microbatch,
     )
-    if config.reference_model_name_or_path is not None:
-        display.say(
-            f"the reference is {config.reference_model_name_or_path}: policy and reference are not "
-            "compared before the first step, because they may well differ"
-        )
-    check_step_zero(
-        engine.model,
-        objective,
-        batcher,
-        micro_batching.split(compared_rows(len(examples))),
-        is_exact=rounded_to(loaded.policy, AUTOCAST[precision]) == torch.float32,
-        plain=policy.plain,
-        reference_is_start=config.reference_model_name_or_path is None,
-    )
+    _check_start(run, policy, engine, objective, batcher, micro_batching)
 
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state, batcher)
-    trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
         runtime=runtime,
@@ -185,7 +165,7 @@ def _train(
         micro_batching=micro_batching,
         schedule=make_schedule(config, num_steps),
         num_steps=num_steps,
-        trackers=trackers,
+        trackers=[metrics_file, *run.trackers(state.step)],
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
@@ -197,14 +177,68 @@ def _train(
         on_step=on_step,
         note=lambda: run.note(state, batcher),
     )
+    return _trained(run, loop, engine)
+
+
+def _with_reference(
+    run: Run, pinned: ExperimentConfig, policy: "_StartPolicy", cache: SeenFolder
+) -> tuple[RowBatcher, dict[str, RowBatcher]]:
+    """Score the pairs by the reference, if the loss reads one; gives batchers, of training too."""
+    if not run.config.stores_reference:
+        return run.batchers(None)
+    reference = open_reference(
+        pinned,
+        policy.loaded.policy,
+        policy.fields,
+        policy.layout,
+        run.pairs,
+        cache,
+        run.runtime,
+        run.display,
+    )
+    run.manifest |= reference.describe(pinned)
+    batchers = run.batchers(reference)
+    reference.release()  # training needs the memory
+    return batchers
+
+
+def _check_start(
+    run: Run,
+    policy: "_StartPolicy",
+    engine: Engine,
+    objective: Objective[Any],
+    batcher: RowBatcher,
+    micro_batching: MicroBatching,
+) -> None:
+    """See that the policy scores rows as its own forward and the reference do."""
+    reference_model = run.config.reference_model_name_or_path
+    if reference_model is not None:
+        run.display.say(
+            f"the reference is {reference_model}: policy and reference are not "
+            "compared before the first step, because they may well differ"
+        )
+    computed = rounded_to(policy.loaded.policy, AUTOCAST[run.runtime.precision])
+    check_step_zero(
+        engine.model,
+        objective,
+        batcher,
+        micro_batching.split(compared_rows(len(batcher.examples))),
+        is_exact=computed == torch.float32,
+        plain=policy.plain,
+        reference_is_start=reference_model is None,
+    )
+
+
+def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
+    """Run the loop to its end, and write the model; the manifest says how it ended."""
     try:
         with run.checkpoints.awaited():
             loop.run()
         run.save_final(engine)
-        return TrainResult(start.folder, run.end("finished"))
+        return TrainResult(run.start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
-        raise runtime.share(error)  # noqa: B904  # the same on every rank
+        raise run.runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()
 
