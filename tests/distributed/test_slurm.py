@@ -141,12 +141,11 @@ def test_an_interrupted_job_is_queued_again_and_a_cancelled_one_is_not(slurm, tm
     assert text.count("preftune: interrupted: SIGTERM received: stopped after step ") == 1
     assert f"interrupted with a checkpoint saved: job {job} is queued again" in text
 
-    def goes_on():
-        # Slurm lets a requeued job wait for two minutes.
-        said(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
-        return "going on after step " in log.read_text()
-
-    until(goes_on, 200)
+    # Slurm lets a requeued job wait for two minutes, because a host refuses a start as old as the
+    # end before it ("Job credential revoked"), to the second.
+    time.sleep(5)
+    said(slurm, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: "going on after step " in log.read_text(), 200)
     assert "Restarts=1" in said(slurm, "scontrol", "show", "job", job)
     until(lambda: log.read_text().count("train: ") >= 2, 60)
     said(slurm, "scancel", job)

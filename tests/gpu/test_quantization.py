@@ -1,6 +1,5 @@
 """Weights in 4 and 8 bits on a GPU: what they stand for, in training as in evaluation, no waits."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +7,14 @@ import pytest
 import torch
 
 from preftune import train
-from preftune.batching.batcher import RowBatcher
-from preftune.config.distributed import DistributedConfig
 from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig
-from preftune.config.training import TrainingConfig
 from preftune.distributed.runtime import AUTOCAST, Runtime
-from preftune.losses import DPO
 from preftune.model.adapters import StartAdapter, add_adapter
-from preftune.model.layout_choice import choose_layout
 from preftune.model.load import load_model
 from preftune.model.quantization import dequantized, num_bytes, quantized_layers
-from preftune.objective import PairObjective
-from preftune.training.optimizer import make_optimizer
-from preftune.training.step import TrainState, train_step
-from tests.examples import make_examples
 from tests.runs import read_metrics, tiny_config
+from tests.syncs import take_steps_without_waiting
 from tests.tiny import tiny_model
 
 pytest.importorskip("bitsandbytes", reason="needs the extra quant")
@@ -87,24 +78,4 @@ def test_a_step_waits_for_nothing(folder, kind, precision):
     loaded = load_model(config, runtime.device, AUTOCAST[precision])
     policy = loaded.policy
     add_adapter(policy.model, StartAdapter(LoRAConfig(use_lora=True), seed=0))
-    layout = choose_layout(policy, "shared_prefix", "auto", 200).name
-    make = partial(make_optimizer, config=TrainingConfig())
-    engine = runtime.spread(policy, make, DistributedConfig(), max_grad_norm=1.0)
-    state = TrainState.at_start(engine, runtime.device, precision=precision)
-    examples = make_examples(8)
-    reference = torch.zeros(8, 2, dtype=torch.float64, device=runtime.device)
-    batcher = RowBatcher(examples, reference, layout, runtime.device)
-    objective = PairObjective(DPO(beta=0.1))
-
-    def step() -> None:
-        micro_batches = [batcher.place(batcher.lay_out(rows)) for rows in (range(4), range(4, 8))]
-        options = {"learning_rate": 1e-4, "max_skipped": 0}
-        train_step(state, micro_batches, objective, runtime, num_rows=8, **options)
-
-    step()  # kernels load and buffers are made
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert int(state.bad_step) == 0
+    take_steps_without_waiting(policy, runtime, precision)

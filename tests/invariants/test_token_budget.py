@@ -28,8 +28,10 @@ def test_a_budget_changes_no_numbers(tmp_path, layout):
         assert len(packed) == len(whole)
         for one, other in zip(whole, packed, strict=True):
             assert one.keys() == other.keys()
-            # Before the first step, displaced is a matter of the last bit.
-            for key in one.keys() - {"num_tokens", "logratios/displaced"}:
+            skipped = {"num_tokens"}
+            if abs(one["rewards/margins"]) < 1e-6:  # no step yet: a matter of the last bit
+                skipped |= {"logratios/displaced", "rewards/accuracies"}
+            for key in one.keys() - skipped:
                 assert other[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), key
 
 

@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from preftune.config.dpo import DPOConfig
 from preftune.schema import Completion, TokenizedExample
 from tests.peers import preftune_side
-from tests.peers.cases import BATCH
-from tests.peers.materials import (
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    STEPS,
-    VOCABULARY,
-    Materials,
-    Trace,
-    materials,
-)
+from tests.peers.materials import VOCABULARY, Materials, Trace, materials
 from tests.peers.test_losses_against_trl import differences, largest
 
 pytestmark = [
@@ -75,27 +65,10 @@ def trl_trained(start: Materials, folder: Path) -> Trace:
     from trl import SFTConfig, SFTTrainer
 
     from benchmarks.side_by_side.materials import word_tokenizer
-    from tests.peers.trl_side import Watch
+    from tests.peers.trl_side import Watch, common_arguments
 
     watch = Watch()
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        completion_only_loss=True,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=BATCH // 2,
-        max_steps=STEPS,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=MAX_GRAD_NORM,
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    arguments = SFTConfig(**common_arguments(folder, 2), completion_only_loss=True)
     trainer = SFTTrainer(
         model=copy.deepcopy(start.policy),
         args=arguments,

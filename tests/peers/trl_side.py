@@ -56,6 +56,32 @@ class Watch(TrainerCallback):
             self.trace.grad_norms.append(float(logs["grad_norm"]))
 
 
+def common_arguments(folder: Path, micro_batch: int) -> dict[str, Any]:
+    """What every trainer of TRL is told, so that it takes the steps of `preftune_side`.
+
+    Args:
+        folder: for whatever TRL writes.
+        micro_batch: rows a forward.
+    """
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": BATCH // micro_batch,
+        "max_steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": MAX_GRAD_NORM,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def train(case: Case, materials: Materials, folder: Path) -> Trace:
     """Train a case.
 
@@ -65,24 +91,7 @@ def train(case: Case, materials: Materials, folder: Path) -> Trace:
         folder: for whatever TRL writes.
     """
     config, trainer_class = TRAINERS[case.trainer]
-    arguments = config(
-        output_dir=str(folder),
-        per_device_train_batch_size=case.their_micro_batch,
-        gradient_accumulation_steps=BATCH // case.their_micro_batch,
-        max_steps=STEPS,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=MAX_GRAD_NORM,
-        train_sampling_strategy="sequential",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **case.theirs,
-    )
+    arguments = config(**common_arguments(folder, case.their_micro_batch), **case.theirs)
     watch = Watch()
     reads_reference = case.trainer in ("DPO", "KTO")
     reference = {"ref_model": copy.deepcopy(materials.reference)} if reads_reference else {}
