@@ -168,7 +168,7 @@ class ExperimentConfig(
         found = gguf_problems(self, key, name)
         if not self.is_quantized:
             return found
-        bits = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+        bits = self.quantization_key
         if not self.use_lora:
             message = "quantised weights cannot train: add use_lora true, or leave it out"
             found.append(Problem(bits, True, message, ("use_lora",)))

@@ -113,6 +113,11 @@ class ModelConfig(Section):
         return self.load_in_4bit or self.load_in_8bit
 
     @property
+    def quantization_key(self) -> str:
+        """The option that asked for quantised weights."""
+        return "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+
+    @property
     def quantization(self) -> dict[str, Any]:
         """How weights are quantised, as options; empty where they are not."""
         values = {key: getattr(self, key) for key in QUANTIZATION} if self.is_quantized else {}
@@ -161,7 +166,7 @@ def gguf_problems(config: ModelConfig, key: str, name: str | None) -> list[Probl
     """
     if not (config.is_quantized and (name or "").endswith(".gguf")):
         return []
-    bits = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    bits = config.quantization_key
     message = (
         f"{bits} quantises weights as they are read, which transformers cannot do with a GGUF "
         "file: give the model as a folder with safetensors, or a name on the Hub"

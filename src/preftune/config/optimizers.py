@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from preftune.config.problem import Problem
+from preftune.config.problem import Problem, listed
 
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 MUON = {"muon_momentum": 0.95}
@@ -19,6 +19,8 @@ READS: dict[str, dict[str, float]] = {
 """Optimizer -> the options that it alone, or with some others, reads, and their defaults."""
 ROUNDS = ("adamw", "adamw_torch_8bit", "adamw_torch_4bit", "adafactor", "muon")
 """Those that can round by chance."""
+OF_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit")
+"""Those of the package bitsandbytes; the second needs a GPU."""
 ON_FSDP = ("adamw", "adamw_torch_8bit", "adamw_torch_4bit")
 """Those whose update of a row needs nothing of other rows, and that know of weights cut by rows."""
 ON_ZERO = ("adamw", "sgd")
@@ -49,7 +51,7 @@ def optimizer_problems(section: Any) -> list[Problem]:
             continue
         readers = [name for name, keys in READS.items() if key in keys]
         if section.optimizer not in readers:
-            message = f"the optimizer {section.optimizer} does not read it, only {_listed(readers)}"
+            message = f"the optimizer {section.optimizer} does not read it, only {listed(readers)}"
             found.append(Problem(key, value, message, ("optimizer",)))
         elif key == "adam_epsilon" and value <= 0:
             found.append(Problem(key, value, "it must be above 0"))
@@ -57,7 +59,7 @@ def optimizer_problems(section: Any) -> list[Problem]:
             found.append(Problem(key, value, "it must be 0 or more and below 1"))
     if section.stochastic_rounding and section.optimizer not in ROUNDS:
         message = f"the optimizer {section.optimizer} rounds to the nearest number: leave it out, "
-        message += f"or take {_listed(ROUNDS)}"
+        message += f"or take {listed(ROUNDS)}"
         found.append(Problem("stochastic_rounding", True, message, ("optimizer",)))
     return found
 
@@ -72,13 +74,13 @@ def placement_problems(config: Any) -> list[Problem]:
     if config.fsdp != "no" and name not in ON_FSDP:
         message = (
             f"fsdp is {config.fsdp!r}, and it cannot update weights that are cut over devices: "
-            f"take {_listed(ON_FSDP)}, or leave fsdp out"
+            f"take {listed(ON_FSDP)}, or leave fsdp out"
         )
         found.append(Problem("optimizer", name, message, ("fsdp",)))
     if config.zero_stage is not None and name not in ON_ZERO:
         message = (
             f"zero_stage is {config.zero_stage}, and DeepSpeed updates stretches of numbers across "
-            f"weights: take {_listed(ON_ZERO)}, or leave zero_stage out"
+            f"weights: take {listed(ON_ZERO)}, or leave zero_stage out"
         )
         found.append(Problem("optimizer", name, message, ("zero_stage",)))
     if config.use_lora and name == "muon":
@@ -105,8 +107,3 @@ def _rounding_problems(config: Any) -> list[Problem]:
         for key, message in reasons.items()
         if message
     ]
-
-
-def _listed(names: Any) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from preftune.config.problem import listed
 from preftune.config.yamlfile import Entry, read_yaml
 from preftune.losses.knobs import KNOBS
 from preftune.losses.spec import DPOLossType
@@ -56,7 +57,7 @@ def preset_path(name: str) -> Path:
         near = [known for known in names if name and known.startswith(name)]
         near = near or get_close_matches(name, names, n=1)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(f"it must be {', '.join(names[:-1])} or {names[-1]}{hint}")
+        raise ValueError(f"it must be {listed(names)}{hint}")
     return _FOLDER / f"{name}.yaml"
 
 

@@ -50,6 +50,12 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
+def listed(names: Sequence[Any]) -> str:
+    """Names as a sentence has them: `a, b or c`."""
+    *most, last = map(str, names)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def below(key: str, value: float | None, least: float, message: str) -> list[Problem]:
     """The problem of a number that is under `least`; an unset number has none."""
     return [Problem(key, value, message)] if value is not None and value < least else []

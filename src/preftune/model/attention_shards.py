@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from preftune.batching.layout import Segments
+from preftune.config.problem import listed
 from preftune.distributed.sequence import SequenceGroup
 from preftune.errors import ModelError
 from preftune.model.attention_rules import ScoreRules, computed
@@ -53,9 +54,9 @@ def check_heads(num_heads: int, size: int) -> None:
         ModelError: they cannot.
     """
     if num_heads % size:
-        fitting = [str(n) for n in range(1, num_heads + 1) if num_heads % n == 0]
+        fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise ModelError(
             f"sequence_parallel_size is {size}, and the model has {num_heads} attention heads "
             "(num_attention_heads), which the processes of a group share out evenly; set it to "
-            f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+            f"{listed(fitting)}"
         )

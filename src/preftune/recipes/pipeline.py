@@ -39,9 +39,14 @@ from preftune.recipes.pairs import (
 from preftune.recipes.preflight import look_at_model
 from preftune.recipes.score import score
 from preftune.recipes.train import train
-from preftune.redaction import redacted_values
 from preftune.tracking.progress import ProgressDisplay
-from preftune.training.run_folder import RunFolder, check_writable, plan_start
+from preftune.training.run_folder import (
+    RunFolder,
+    as_written,
+    changed_settings,
+    check_writable,
+    plan_start,
+)
 
 NOTE = "stage.json"
 State: TypeAlias = Literal["untouched", "begun", "finished"]
@@ -155,12 +160,7 @@ def _check_same(stage: Stage, note: Path) -> None:
         before = json.loads(note.read_text("utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{note} cannot be read ({error}); delete {stage.folder}") from error
-    now = _as_written(stage.config)
-    changed = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and key not in ("progress", "num_proc", "cache_dir")
-    ]
+    changed = changed_settings(before, stage.config, ("progress", "num_proc", "cache_dir"))
     if changed:
         raise CheckpointError(
             f"{stage.folder} was made with other settings: {'; '.join(changed)}. Nothing was "
@@ -281,10 +281,5 @@ def _prepare(stage: Stage) -> None:
     """Say in its folder what the stage was asked for; what a kill left of it goes."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     (stage.folder / SCORES).unlink(missing_ok=True)
-    note = {"made_by": "preftune", "stage": stage.name, "config": _as_written(stage.config)}
+    note = {"made_by": "preftune", "stage": stage.name, "config": as_written(stage.config)}
     write_atomically(stage.folder / NOTE, json.dumps(note, indent=1) + "\n")
-
-
-def _as_written(config: ComposedConfig) -> dict[str, Any]:
-    """The settings as JSON gives them back, without secrets."""
-    return redacted_values(json.loads(json.dumps(config.to_dict(), default=str)))

@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from preftune.config.distributed import DistributedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import ModelConfig
+from preftune.config.optimizers import OF_BITSANDBYTES
 from preftune.config.paths import cache_root
 from preftune.config.training import MixedPrecision, TrainingConfig
 from preftune.data.template_files import template_text
@@ -181,10 +182,7 @@ def check_engine(config: DistributedConfig) -> None:
         ConfigError: DeepSpeed is asked for, and not installed.
     """
     if config.zero_stage is not None and find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"zero_stage is {config.zero_stage}, and the package deepspeed is not installed; "
-            "install it (pip install 'preftune[deepspeed]'), or take --fsdp full_shard"
-        )
+        raise _absent(f"zero_stage is {config.zero_stage}", "deepspeed", "take --fsdp full_shard")
 
 
 def check_optimizer(config: TrainingConfig) -> None:
@@ -197,18 +195,15 @@ def check_optimizer(config: TrainingConfig) -> None:
         ConfigError: its package is absent, or it needs a GPU.
     """
     name = config.optimizer
-    if name not in ("adamw_8bit", "paged_adamw_8bit"):
+    if name not in OF_BITSANDBYTES:
         return
     if name == "paged_adamw_8bit" and not torch.cuda.is_available():
         raise ConfigError(
             f"optimizer is {name!r}, which pages memory between a GPU and the host, and torch sees "
             "no GPU here; set --optimizer adamw_8bit"
         )
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"optimizer is {name!r}, and the package bitsandbytes is not installed; install it "
-            "(pip install 'preftune[quant]'), or set --optimizer adamw_torch_8bit"
-        )
+    if find_spec(PACKAGE) is None:
+        raise _absent(f"optimizer is {name!r}", PACKAGE, "set --optimizer adamw_torch_8bit")
 
 
 def check_quantization(model: ModelConfig) -> None:
@@ -221,11 +216,16 @@ def check_quantization(model: ModelConfig) -> None:
         ConfigError: bitsandbytes is needed, and not installed.
     """
     if model.is_quantized and find_spec(PACKAGE) is None:
-        key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
-        raise ConfigError(
-            f"{key} is true, and the package bitsandbytes is not installed; install it (pip "
-            f"install 'preftune[quant]'), or leave {key} out"
-        )
+        key = model.quantization_key
+        raise _absent(f"{key} is true", PACKAGE, f"leave {key} out")
+
+
+def _absent(asked: str, package: str, otherwise: str) -> ConfigError:
+    extra = {PACKAGE: "quant"}.get(package, package)
+    return ConfigError(
+        f"{asked}, and the package {package} is not installed; install it "
+        f"(pip install 'preftune[{extra}]'), or {otherwise}"
+    )
 
 
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:

@@ -6,13 +6,14 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from preftune.batching.layout import LayoutName
+from preftune.config.composed import ComposedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.model import AttentionName
 from preftune.distributed.folders import PROBE
@@ -296,13 +297,7 @@ def check_writable(key: str, path: Path) -> Path:
 
 
 def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], where: str) -> None:
-    now = _as_written(config)
-    keys = sorted((set(now) | set(before)) - MAY_CHANGE)
-    changed = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in keys
-        if now.get(key) != before.get(key)
-    ]
+    changed = changed_settings(before, config, MAY_CHANGE)
     if changed:
         raise CheckpointError(
             f"{where} belongs to a run with another configuration: {'; '.join(changed)}. "
@@ -310,7 +305,25 @@ def _check_same_config(config: ExperimentConfig, before: Mapping[str, Any], wher
         )
 
 
-def _as_written(config: ExperimentConfig) -> dict[str, Any]:
+def changed_settings(
+    before: Mapping[str, Any], config: ComposedConfig, may_change: Collection[str]
+) -> list[str]:
+    """What differs from the settings that work was begun with: `KEY was x, now y`.
+
+    Args:
+        before: as written then.
+        config: of now.
+        may_change: settings that may differ.
+    """
+    now = as_written(config)
+    return [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted((now.keys() | before.keys()) - set(may_change))
+        if now.get(key) != before.get(key)
+    ]
+
+
+def as_written(config: ComposedConfig) -> dict[str, Any]:
     """The settings as JSON gives them back, without secrets."""
     return redacted_values(json.loads(json.dumps(config.to_dict(), default=str)))
 
@@ -320,7 +333,7 @@ def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
     return {
         "made_by": MAKER,
         "status": "running",
-        "config": _as_written(config),
+        "config": as_written(config),
         "command": sys.argv,
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
