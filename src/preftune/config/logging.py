@@ -22,8 +22,8 @@ class LoggingConfig(Section):
     tensorboard: event files in the run's folder. Unset, none or []: nowhere else."""
 
     progress: Progress = "auto"
-    """What the terminal shows. rich: a live bar; plain: a line a logging step; none: nothing;
-    auto: rich in a terminal, else plain."""
+    """What the terminal shows. rich: a live view; plain: a line every ten seconds; none: nothing,
+    for which --quiet is another word; auto: rich in a terminal, else plain."""
 
     def __post_init__(self) -> None:
         """Give "nowhere else" one form."""

@@ -114,6 +114,8 @@ def parse_with_places(
     """
     reader = reader_of(cls)
     known = [*reader.kinds, *([PRESET_KEY] if cls.takes_presets else [])]
+    if "progress" in known:
+        argv = ["--progress=none" if word == "--quiet" else word for word in argv]
     words = split_words(
         argv,
         is_switch=lambda name: bool in reader.kinds.get(name, ()),

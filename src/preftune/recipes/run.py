@@ -364,15 +364,15 @@ class Run:
             taken = adapter and adapter.taken
             return snapshot(state, model, window, generators, extra, self.runtime, taken)
 
-        if state.engine.is_sharded:
-            self.checkpoints.save_together(content(), metrics_file, state.step)
-            return
-
         def save() -> None:
             if self.runtime.is_main:
                 self.checkpoints.save(content(), metrics_file)
 
-        self.runtime.together(save)
+        with self.display.stage(f"save step {state.step}", None, "byte"):
+            if state.engine.is_sharded:
+                self.checkpoints.save_together(content(), metrics_file, state.step)
+            else:
+                self.runtime.together(save)
 
     def _note_best(self, best: dict[str, Any]) -> None:
         self.manifest["best_checkpoint"] = best
@@ -389,11 +389,14 @@ class Run:
         dtype = saved_dtype(self.loaded, self.config.save_dtype)
         weights = {}
         engine.rest()
-        for name, tensor in written_weights(self.loaded).items():
-            whole = engine.whole(tensor)
-            if self.runtime.is_main:
-                weights[name] = in_dtype(whole, dtype)
-        self.runtime.decide(lambda: self._write_final(weights))
+        written = written_weights(self.loaded)
+        with self.display.stage("save final", len(written), "weight") as update:
+            for number, (name, tensor) in enumerate(written.items(), 1):
+                whole = engine.whole(tensor)
+                if self.runtime.is_main:
+                    weights[name] = in_dtype(whole, dtype)
+                update(number)
+            self.runtime.decide(lambda: self._write_final(weights))
 
     def _write_final(self, weights: dict[str, Tensor]) -> None:
         final = self.start.folder.final

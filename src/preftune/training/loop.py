@@ -39,6 +39,7 @@ SHOWN = {
     "perplexity": "perplexity",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
+    "perf/peak_memory_gib": "peak GiB",
 }
 
 

@@ -404,3 +404,10 @@ def test_a_missing_file_a_folder_and_two_files_are_refused(read, tmp_path):
         read("a.yaml", "b.yaml")
     with pytest.raises(ConfigError, match=r"'a\.yaml' belongs to no option"):
         parse_config(QuickstartConfig, ["a.yaml"], allow_file=False)
+
+
+def test_quiet_is_a_word_for_no_progress():
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--quiet"]
+    assert parse_config(ExperimentConfig, words).progress == "none"
+    with pytest.raises(ConfigError, match="--progress is given twice, 'rich' and 'none'; keep one"):
+        parse_config(ExperimentConfig, ["--progress", "rich", *words])
