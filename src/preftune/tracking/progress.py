@@ -99,15 +99,15 @@ class ProgressDisplay:
         pace = _Pace(unit, total, start)
         # A stage of known size shows at once; one of unknown size only if it takes long.
         printed = time.monotonic() - (0.0 if total is None else SECONDS_BETWEEN_LINES)
-        shown = ""
+        shown, is_over = "", False
 
         def update(done: int, values: Mapping[str, float] | None = None) -> None:
-            nonlocal printed, shown
+            nonlocal printed, shown, is_over
             now = time.monotonic()
             shown = _shown(values) or shown
-            if done != total and now - printed < SECONDS_BETWEEN_LINES:
+            if is_over or (done != total and now - printed < SECONDS_BETWEEN_LINES):
                 return
-            printed = now
+            printed, is_over = now, done == total
             text = f"{name}: {_count(done, total)}  {pace.at(done)}  {shown}"
             print(text.rstrip(), file=sys.stderr, flush=True)
 

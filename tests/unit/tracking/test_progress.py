@@ -38,10 +38,12 @@ def test_plain_lines_tell_rate_and_time_left_and_the_last_values(capsys, monkeyp
         update(1, {"loss": 0.5})
         update(2)
         update(4, {"loss": 0.25})
+        update(4)
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"train: 1/4  [\d.]+ step/s  0:\d\d left  loss 0.5", lines[0])
     assert re.fullmatch(r"train: 2/4  [\d.]+ step/s  0:\d\d left  loss 0.5", lines[1])
     assert re.fullmatch(r"train: 4/4  [\d.]+ step/s  0:\d\d  loss 0.25", lines[2])
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
