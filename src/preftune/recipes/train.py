@@ -6,7 +6,7 @@ The stage decides what rows are read as, and the objective; a reference there is
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
+from preftune.recipes.publish import open_repository, publish
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
 from preftune.recipes.same_start import (
@@ -86,7 +87,11 @@ def train(
     """
     # From here on: SIGUSR1 would end the process while nothing is caught.
     with SignalRequests().saving() as requests:
-        return _train(config, requests, on_step)
+        result = _train(config, requests, on_step)
+        if not config.push_to_hub:
+            return result
+        publish(config, result.folder, requests)
+    return replace(result, manifest=result.folder.read_manifest())
 
 
 def _train(
@@ -120,6 +125,7 @@ def _train(
     num_steps = runtime.together(lambda: count_steps(config, sampler))
     for sentence in risky_settings(pinned, num_steps / sampler.steps_per_epoch):
         display.say(sentence)
+    runtime.decide(lambda: open_repository(pinned, start.folder))
 
     # ---------------------------------------------------------------- model and reference
     policy = _StartPolicy.open(pinned, start, pairs, runtime, display)
