@@ -23,6 +23,7 @@ MARKER = "preftune.yaml"
 _FIRST_LINE = re.compile(r"# preftune run ([0-9a-f]{16})\b")
 _NEUTRAL = frozenset({".gitattributes", ".gitignore", "README.md", "LICENSE"})
 """What a hub, or its website, puts into a repository that nobody has used yet."""
+_REMEDY = "look whether it is on the hub, and whether the hub can be reached"
 T = TypeVar("T")
 
 
@@ -106,14 +107,6 @@ class Repository:
                 "give another hub_revision",
             )
 
-    def check_still_ours(self) -> None:
-        """See that nobody else has written there since.
-
-        Raises:
-            ConfigError: somebody has, or it cannot be read.
-        """
-        self._check_content()
-
     def commit(
         self, files: Mapping[str, Path | bytes], message: str, instead_of: str | None = None
     ) -> str:
@@ -177,7 +170,7 @@ class Repository:
         except RepositoryNotFoundError:
             return None
         except Exception as error:
-            raise self._problem(f"it cannot be read ({first_line(error)})", "check it") from error
+            raise self._problem(f"it cannot be read ({first_line(error)})", _REMEDY) from error
 
     def _check_namespace(self, user: Mapping[str, Any]) -> None:
         """Whether a repository that is not there could be made, by what is known of the user.
@@ -245,12 +238,12 @@ class Repository:
         except RevisionNotFoundError:
             return None
         except Exception as error:
-            raise self._problem(f"it cannot be read ({first_line(error)})", "check it") from error
+            raise self._problem(f"it cannot be read ({first_line(error)})", _REMEDY) from error
 
     def _first_commit(self) -> str:
         """Where a branch of its own begins: before the files of others."""
         commits = self._asked(
-            lambda: self._api.list_repo_commits(self.repo_id), "it cannot be read", "check it"
+            lambda: self._api.list_repo_commits(self.repo_id), "it cannot be read", _REMEDY
         )
         return commits[-1].commit_id
 
@@ -266,6 +259,8 @@ class Repository:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, in a line: the hub's own words, where it has any."""
+    if type(error) is RuntimeError and error.__cause__ is not None:  # huggingface_hub's wrapper
+        return f"{str(error).rstrip('.')}: {first_line(error.__cause__)}"
     told = getattr(error, "server_message", None)
     lines = [line.strip() for line in (told or str(error)).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]

@@ -132,7 +132,7 @@ def _push_all(
     """The model, then the checkpoints that training has left; gives the model's commit."""
     what = "the trained model"
     try:
-        repository.check_still_ours()
+        repository.open()  # somebody else may have written there since
         files: dict[str, Path | bytes] = {p.name: p for p in sorted(folder.final.iterdir())}
         size = sum(path.stat().st_size for path in folder.final.iterdir())
         card = (folder.final / CARD).read_text("utf-8")

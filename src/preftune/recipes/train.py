@@ -32,7 +32,7 @@ from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
-from preftune.recipes.publish import open_repository, publish
+from preftune.recipes.publish import is_pushed, open_repository, publish
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
 from preftune.recipes.same_start import (
@@ -109,7 +109,8 @@ def _train(
     runtime.check_groups(config)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
-        display.say(f"the run in {start.folder.root} is finished; nothing to do")
+        left = "nothing to do" if is_pushed(config, start.folder) else "it is not pushed yet"
+        display.say(f"the run in {start.folder.root} is finished; {left}")
         return TrainResult(start.folder, runtime.decide(start.folder.read_manifest))
     check_output_is_seen(config, start, runtime)
     cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
