@@ -1,8 +1,11 @@
 """Pushing to a hub on loopback: read back, gone on with, refused before weights load."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
