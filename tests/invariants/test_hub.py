@@ -46,6 +46,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
             "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        # What PEFT calls is a method of this one, made when huggingface_hub was imported.
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         yield server
 
