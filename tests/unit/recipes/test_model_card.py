@@ -56,7 +56,7 @@ def known_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base's card in the hub's cache, as huggingface_hub lays it out."""
     snapshot = tmp_path / "models--org--base" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
-    (snapshot / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n# Base\n")
+    (snapshot / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
 
