@@ -66,6 +66,10 @@ class Interrupted(PreftuneError):
     exit_code = 75
 
 
+class PushFailed(PreftuneError):
+    """The trained model is on disk, and not on the hub; the same command goes on pushing."""
+
+
 class PeerLost(PreftuneError):
     """Another process of the run is gone or does not answer; the same command goes on."""
 

@@ -165,6 +165,13 @@ MISTAKES = {
     "lengths weighed without a reference": given(loss_type="simpo", ld_alpha=0.5),
     "lengths weighed backwards": given(ld_alpha=1.5),
     "margins that are not there": given(loss_type="odpo"),
+    "pushing without a place": given(push_to_hub=True),
+    "a place and no pushing": given(hub_repo_id="ann/tiny"),
+    "a repository without its user": given(push_to_hub=True, hub_repo_id="tiny"),
+    "a strategy of pushing that is not there": given(
+        push_to_hub=True, hub_repo_id="ann/tiny", hub_strategy="every_save"
+    ),
+    "pushing offline": given(push_to_hub=True, hub_repo_id="ann/tiny"),
     "a tracker that does not exist": given(report_to="tensorbord"),
     "an unknown preset": given(preset="zephir"),
     "the file of a newer preftune": in_file("preftune_version: 99.1.0\nbeta: 0.1\n"),

@@ -49,7 +49,7 @@ def test_transformers_loads_it_in_the_dtype_asked_for(root, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
     ids = tokenizer("What is the capital of France?", return_tensors="pt").input_ids
     assert torch.isfinite(full(ids).logits).all()
-    assert "Steps: 4," in (tmp_path / "full" / "README.md").read_text()
+    assert "| Steps | 4, " in (tmp_path / "full" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

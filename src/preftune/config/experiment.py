@@ -10,6 +10,7 @@ from preftune.config.distributed import DistributedConfig
 from preftune.config.dpo import ONLY_WITH_PAIRS, DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
+from preftune.config.hub import HubConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig, another_model, gguf_problems
@@ -35,6 +36,7 @@ class ExperimentConfig(
     GuardConfig,
     DatasetConfig,
     LoggingConfig,
+    HubConfig,
     CheckpointConfig,
     EvalConfig,
     PeersConfig,
@@ -85,6 +87,7 @@ class ExperimentConfig(
         found += self._adapter_problems()
         found += self._engine_problems()
         found += self._quantization_problems()
+        found += self._hub_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -193,6 +196,14 @@ class ExperimentConfig(
             others = ("mixed_precision",)
             found.append(Problem("bnb_4bit_compute_dtype", "float16", message, others))
         return found
+
+    def _hub_problems(self) -> list[Problem]:
+        """Of checkpoints to push, where there are none."""
+        strategy, key = self.hub_strategy, "hub_strategy"
+        if strategy in (None, "end") or self.checkpointing_steps is not None:
+            return []
+        message = "checkpointing_steps is null, so there are no checkpoints: leave one of them out"
+        return [Problem(key, strategy, message, ("checkpointing_steps",))]
 
     def _best_metric_problems(self) -> list[Problem]:
         metric = self.metric_for_best_model

@@ -126,6 +126,8 @@ def read_pipeline(path: str) -> Pipeline:
                 builder.add(name, written[name])
     with findings:
         builder.check_shared()
+    with findings:
+        builder.check_places()
     findings.raise_all()
     return Pipeline(builder.root, tuple(builder.stages))
 
@@ -251,6 +253,18 @@ class _Builder:
         ]
         if problems:
             raise ConfigError(problems)
+
+    def check_places(self) -> None:
+        """Refuse two stages that push to one place."""
+        pushing = [s for s in self.stages if s.trains and s.training.push_to_hub]
+        places = [(s.training.hub_repo_id, s.training.hub_revision) for s in pushing]
+        for index, stage in enumerate(pushing):
+            if places[index] in places[:index]:
+                before = pushing[places.index(places[index])].name
+                raise ConfigError(
+                    f"stage {stage.name}: hub_repo_id is {places[index][0]!r}, to which stage "
+                    f"{before} pushes, too: give each its own hub_repo_id or hub_revision"
+                )
 
     def _shares(self, name: StageName, key: str) -> bool:
         """Whether a stage takes a shared setting."""

@@ -5,16 +5,20 @@ end with the same error, which rank 0 prints.
 """
 
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
-from preftune.errors import ConfigError, PreftuneError
+from preftune.errors import ConfigError, Interrupted, PreftuneError
 
 T = TypeVar("T")
 _NAMED = 4
 """Most ranks that a message names for one value."""
+_BEAT_SECONDS = 1.0
+"""How often ranks tell each other that slow work is still under way."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,38 @@ class Ranks:
         if failure is not None:
             raise self._shared(failure.kind(failure.problems)) from error
         return value  # pyright: ignore[reportReturnType]  # rank 0's
+
+    def decide_slowly(self, choose: Callable[[], T], stopped: Callable[[], str | None]) -> T:
+        """`decide`, for what may take longer than ranks wait for each other, and may be broken off.
+
+        Args:
+            choose: runs on rank 0 in a thread, which is left alone where a signal stops the wait.
+            stopped: on rank 0: why to stop waiting, if there is a reason.
+
+        Raises:
+            Interrupted: with that reason, on every rank.
+        """
+        done: list[Callable[[], T]] = []
+
+        def work() -> None:
+            try:
+                value = choose()
+                done.append(lambda: value)
+            except BaseException as error:
+                done.append(partial(_raise, error))
+
+        def is_done() -> bool:
+            thread.join(_BEAT_SECONDS)
+            if not done and (why := stopped()):
+                raise Interrupted(why)
+            return bool(done)
+
+        thread = threading.Thread(target=work, daemon=True, name="preftune-slow")
+        if self.is_main:
+            thread.start()
+        while not self.decide(is_done):  # each wait is a short one, so that no collective times out
+            pass
+        return self.decide(lambda: done[0]())
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it fails on any of them, all raise that.
@@ -176,6 +212,10 @@ class Ranks:
 
 ALONE = Ranks()
 """Of a process without peers."""
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _some(ranks: list[str]) -> str:

@@ -23,6 +23,7 @@ from preftune.recipes.preflight import (
     look_at_output,
     slow_settings,
 )
+from preftune.recipes.publish import look_at_hub
 from preftune.recipes.train import count_steps
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import RunStart, check_writable
@@ -46,6 +47,8 @@ def check(config: ExperimentConfig) -> str:
         # The rows are looked at all the same.
         config = copy(config)
         config.dataset_cache_mode = "off"
+    with findings:
+        look_at_hub(config)
     found = look_at_model(config, findings, start)
     pairs, lengths = None, []
     if found is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from preftune.config.checkpoint import CheckpointConfig
@@ -27,6 +28,7 @@ class Checkpoints:
         runtime: Runtime,
         display: ProgressDisplay,
         note_best: Callable[[dict[str, Any]], None],
+        written: Callable[[Path], None],
     ) -> None:
         """Nothing is written before `begin`.
 
@@ -36,6 +38,7 @@ class Checkpoints:
             runtime: the ranks; only rank 0 writes.
             display: tells people a sentence.
             note_best: puts the best checkpoint into run.json, once it is on disk.
+            written: told of each checkpoint on rank 0, before older ones are deleted.
         """
         self.best = BestCheckpoint.of(config)
         self._config = config
@@ -43,6 +46,7 @@ class Checkpoints:
         self._runtime = runtime
         self._display = display
         self._note = note_best
+        self._written = written
         self._noted: int | None = None
         self._saver: CheckpointSaver | None = None
 
@@ -98,7 +102,7 @@ class Checkpoints:
         def publish(content: Snapshot) -> None:
             metrics_file.sync()
             write_checkpoint(self._folder.checkpoint(step), content)
-            self._retain(best)
+            self._settle_on_disk(step, best)
 
         self._saver.save(content, publish)
 
@@ -113,7 +117,7 @@ class Checkpoints:
         content, best = self._with_best(content)
         self._runtime.decide(metrics_file.sync)
         write_together(self._folder.checkpoint(step), content, self._runtime)
-        self._runtime.decide(lambda: self._retain(best))
+        self._runtime.decide(lambda: self._settle_on_disk(step, best))
         self._note_best()
 
     def _with_best(self, content: Snapshot) -> tuple[Snapshot, BestCheckpoint | None]:
@@ -122,6 +126,10 @@ class Checkpoints:
         if document is not None:
             document = {**document, "best": None if best is None else best.as_dict()}
         return replace(content, document=document), best
+
+    def _settle_on_disk(self, step: int, best: BestCheckpoint | None) -> None:
+        self._written(self._folder.checkpoint(step))
+        self._retain(best)
 
     def _retain(self, best: BestCheckpoint | None) -> None:
         keep, max_gb = self._config.keep_last_n_checkpoints, self._config.checkpoint_max_gb

@@ -37,6 +37,7 @@ from preftune.recipes.pairs import (
     prepare_tokenizer,
 )
 from preftune.recipes.preflight import look_at_model
+from preftune.recipes.publish import look_at_hub
 from preftune.recipes.score import score
 from preftune.recipes.train import train
 from preftune.tracking.progress import ProgressDisplay
@@ -75,6 +76,8 @@ def run_pipeline(pipeline: Pipeline) -> None:
             named = f"stage {number} of {total}, {stage.name} ({stage.folder})"
             if state == "finished":
                 display.say(f"{named}: finished")
+                if stage.trains and stage.training.push_to_hub:
+                    train(stage.training)  # it may not be pushed yet
                 continue
             display.say(f"{named}: {'goes on' if state == 'begun' else 'begins'}")
             for sentence in _run(stage, runtime):
@@ -219,6 +222,8 @@ def _check_inputs(config: ComposedConfig) -> None:
     """
     findings = Findings()
     if isinstance(config, ExperimentConfig):
+        with findings:
+            look_at_hub(config)
         found = look_at_model(config, findings, None)
         if found is not None:
             with findings:

@@ -26,6 +26,7 @@ from preftune.model.load import load_model_config, model_commit
 from preftune.model.load_balancing import experts_a_token
 from preftune.model.quantization import PACKAGE, names_to_quantize
 from preftune.recipes.pairs import prepare_tokenizer
+from preftune.recipes.publish import look_at_hub
 from preftune.recipes.reference import pin_reference
 from preftune.tracking.tracker import check_trackers
 from preftune.training.run_folder import RunStart, check_writable, plan_start
@@ -51,7 +52,10 @@ def check_setup(
     start = None
     with findings:
         start = ranks.decide(lambda: plan_start(config))
+    with findings:
+        ranks.decide(lambda: look_at_hub(config))
     if start is not None and start.kind == "finished":
+        findings.raise_all()
         return start, config, None
 
     def look() -> tuple[ExperimentConfig, PreTrainedTokenizerBase]:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.going_on import hold_folder, look_into, take_over_metrics
 from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
+from preftune.recipes.publish import CheckpointPusher
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
+from preftune.recipes.results import held_out_results
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
@@ -92,7 +94,10 @@ class Run:
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
-        self.checkpoints = Checkpoints(config, start.folder, runtime, display, self._note_best)
+        self.checkpoints = Checkpoints(
+            config, start.folder, runtime, display, self._note_best, self._push
+        )
+        self._pusher: CheckpointPusher | None = None
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -285,6 +290,9 @@ class Run:
         self._lock = hold_folder(self.config, self.start)
         self._take_up_manifest()
         self._take_up_guards(state, batcher)
+        if self.config.hub_strategy in ("checkpoint", "all_checkpoints"):
+            run_id = self.manifest["run_id"]
+            self._pusher = CheckpointPusher(self.config, folder, run_id, self.display.say)
         # First, so that a kill from here on leaves a folder that is known as a run's.
         folder.write_manifest(self.manifest)
         folder.checkpoints.mkdir(exist_ok=True)
@@ -308,6 +316,7 @@ class Run:
             earlier = folder.read_manifest()
             self.earlier_seconds = earlier.get("seconds", 0.0)
             self.manifest["started"] = earlier["started"]
+            self.manifest["run_id"] = earlier.get("run_id", self.manifest["run_id"])
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
             self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
@@ -374,6 +383,10 @@ class Run:
             else:
                 self.runtime.together(save)
 
+    def _push(self, checkpoint: Path) -> None:
+        if self._pusher is not None:
+            self._pusher.offer(checkpoint)
+
     def _note_best(self, best: dict[str, Any]) -> None:
         self.manifest["best_checkpoint"] = best
         if self.runtime.is_main:
@@ -412,7 +425,7 @@ class Run:
                 weights,
                 self.tokenizer,
                 self.config,
-                self.manifest,
+                self.manifest | {"results": held_out_results(self.start.folder.metrics)},
                 revision=self.manifest["model"]["commit"],
             )
         except OSError as error:
@@ -430,12 +443,13 @@ class Run:
 
     def _facts(self) -> dict[str, Any]:
         """What `preftune export` has to know of the run."""
-        train = self.manifest["data"]["train"]
+        data = self.manifest["data"]
         return {
             "model_commit": self.manifest["model"]["commit"],
             "adapter_commit": self.manifest["model"]["adapter_commit"],
             "stop_token_id": self._stop_token_id(),
-            "data": {"train": {key: train[key] for key in ("num_pairs", "dropped")}},
+            "data": {use: _without_rows(counts) for use, counts in data.items()},
+            "results": held_out_results(self.start.folder.metrics) if self.runtime.is_main else [],
             **{key: self.manifest[key] for key in ("versions", "global_batch_size", "precision")},
         }
 
@@ -456,7 +470,19 @@ class Run:
         for tracker in self._trackers:
             tracker.close()
         self.checkpoints.close()
+        if self._pusher is not None:
+            self._pusher.stop()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
         self._store = None
+
+
+def _without_rows(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts of a data set without the lists of rows."""
+    plain = {key: value for key, value in counts.items() if key != "dropped_rows"}
+    return (
+        plain | {"sources": [_without_rows(s) for s in counts.get("sources", ())]}
+        if ("sources" in counts)
+        else plain
+    )

@@ -6,7 +6,7 @@ The stage decides what rows are read as, and the objective; a reference there is
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import check_setup, slow_settings
+from preftune.recipes.publish import is_pushed, open_repository, publish
 from preftune.recipes.reference import open_reference
 from preftune.recipes.run import Run
 from preftune.recipes.same_start import (
@@ -88,7 +89,11 @@ def train(
     """
     # From here on: SIGUSR1 would end the process while nothing is caught.
     with SignalRequests().saving() as requests:
-        return _train(config, requests, on_step)
+        result = _train(config, requests, on_step)
+        if not config.push_to_hub:
+            return result
+        publish(config, result.folder, requests)
+    return replace(result, manifest=result.folder.read_manifest())
 
 
 def _train(
@@ -106,7 +111,8 @@ def _train(
     runtime.check_groups(config)
     display = ProgressDisplay(config.progress, is_main=runtime.is_main)
     if tokenizer is None:  # the run is finished
-        display.say(f"the run in {start.folder.root} is finished; nothing to do")
+        left = "nothing to do" if is_pushed(config, start.folder) else "it is not pushed yet"
+        display.say(f"the run in {start.folder.root} is finished; {left}")
         return TrainResult(start.folder, runtime.decide(start.folder.read_manifest))
     check_output_is_seen(config, start, runtime)
     cache = look_at_folder(runtime, "cache_dir", cache_root(config.cache_dir))
@@ -122,6 +128,7 @@ def _train(
     num_steps = runtime.together(lambda: count_steps(config, sampler))
     for sentence in risky_settings(pinned, num_steps / sampler.steps_per_epoch):
         display.say(sentence)
+    runtime.decide(lambda: open_repository(pinned, start.folder))
 
     # ---------------------------------------------------------------- model and reference
     policy = _StartPolicy.open(pinned, start, pairs, runtime, display)

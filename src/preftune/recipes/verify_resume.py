@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from preftune.config.hub import HUB_OPTIONS
 from preftune.config.verifying import VerifyResumeConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
@@ -82,6 +83,8 @@ def verify_resume(config: VerifyResumeConfig) -> ResumeReport:
         keep_last_n_checkpoints=None,
         checkpoint_max_gb=None,  # the checkpoint to resume from must stay
         report_to=None,
+        push_to_hub=False,
+        **dict.fromkeys(HUB_OPTIONS),
         max_run_time=None,
     )
     runs = {name: _Watched(RunFolder(root / name)) for name in ("straight", "resumed")}

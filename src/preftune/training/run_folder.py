@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import sys
 import time
 from collections.abc import Collection, Mapping
@@ -47,6 +48,12 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "cache_dir",
         "save_dtype",
+        # A run may be pushed once it is finished.
+        "push_to_hub",
+        "hub_repo_id",
+        "hub_private",
+        "hub_revision",
+        "hub_strategy",
         "on_nonfinite",
         "max_skipped_batches",
         # What a lack of memory is answered with: the same steps, to rounding. A checkpoint goes on
@@ -110,6 +117,11 @@ class RunFolder:
     def final(self) -> Path:
         """The trained model in the Hugging Face format."""
         return self.root / "final"
+
+    @property
+    def to_push(self) -> Path:
+        """Checkpoints that wait to be pushed to a hub."""
+        return self.root / ".to-push"
 
     def has_content(self) -> bool:
         """Whether anything lies there but what a kill during the first write left."""
@@ -328,10 +340,16 @@ def as_written(config: ComposedConfig) -> dict[str, Any]:
     return redacted_values(json.loads(json.dumps(config.to_dict(), default=str)))
 
 
+def new_run_id() -> str:
+    """What tells a run from every other, wherever its folder goes."""
+    return secrets.token_hex(8)
+
+
 def new_manifest(config: ExperimentConfig) -> dict[str, Any]:
     """The part of the manifest that is known before anything loads."""
     return {
         "made_by": MAKER,
+        "run_id": new_run_id(),
         "status": "running",
         "config": as_written(config),
         "command": sys.argv,

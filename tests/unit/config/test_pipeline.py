@@ -187,3 +187,12 @@ def test_an_adapter_cannot_be_left_behind(tmp_path):
     text = LORA.replace("lora_dropout: 0.1", "use_lora: false", 1)
     with pytest.raises(ConfigError, match=r"stage dpo: .*use_lora follows from the stage before"):
         read(tmp_path, text)
+
+
+def test_two_stages_do_not_push_to_one_place(tmp_path):
+    pushing = FULL.replace("seed: 3", "push_to_hub: true\nhub_repo_id: ann/tiny")
+    told = r"stage dpo: hub_repo_id is 'ann/tiny', to which stage sft pushes, too"
+    with pytest.raises(ConfigError, match=told):
+        read(tmp_path, pushing)
+    of = settings(read(tmp_path, pushing.replace("said,", "said, hub_revision: sft,")))
+    assert (of["sft"]["hub_revision"], of["dpo"]["hub_revision"]) == ("sft", "main")

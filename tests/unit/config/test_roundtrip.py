@@ -145,6 +145,14 @@ others = given_or_not(
     concatenated_forward=st.none() | st.booleans(),
     progress=st.sampled_from(["auto", "rich", "plain", "none"]),
 )
+pushes = given_or_not() | st.fixed_dictionaries(
+    {"push_to_hub": st.just(True), "hub_repo_id": st.just("ann/tiny")},
+    optional={
+        "hub_private": st.booleans(),
+        "hub_revision": st.sampled_from(["main", "v1/b"]),
+        "hub_strategy": st.just("end"),
+    },
+)
 orders = st.fixed_dictionaries({"shuffle": st.just(False)}) | st.fixed_dictionaries(
     {"shuffle": st.just(True), "data_seed": st.none() | seeds}
 )
@@ -162,7 +170,7 @@ def experiment(parts, sync):
 
 configs = st.builds(
     experiment,
-    st.tuples(sources, orders, losses, lengths, warmups, optimizers, evaluations, others),
+    st.tuples(sources, orders, losses, lengths, warmups, optimizers, evaluations, pushes, others),
     syncs,
 )
 

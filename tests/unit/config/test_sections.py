@@ -152,6 +152,26 @@ BAD = [
     ({"eval_strategy": "steps", "test_size": 1}, "eval_strategy"),
     ({"eval_strategy": "epoch", "eval_steps": 5, "test_size": 1}, "eval_steps"),
     ({"eval_strategy": "never", "eval_steps": 5, "test_size": 1}, "eval_steps"),
+    ({"hub_repo_id": "ann/tiny"}, "hub_repo_id"),
+    ({"hub_private": False}, "hub_private"),
+    ({"hub_revision": "main"}, "hub_revision"),
+    ({"hub_strategy": "end"}, "hub_strategy"),
+    ({"push_to_hub": True}, "hub_repo_id"),
+    *(
+        ({"push_to_hub": True, "hub_repo_id": name}, "hub_repo_id")
+        for name in ("tiny", "a/b/c", "ann/", "ann/a--b", "ann/.a", "ann/a.git", "ann/" + "a" * 99)
+    ),
+    ({"push_to_hub": True, "hub_repo_id": "a/b", "hub_revision": "a b"}, "hub_revision"),
+    ({"push_to_hub": True, "hub_repo_id": "a/b", "hub_revision": "refs/pr/1"}, "hub_revision"),
+    (
+        {
+            "push_to_hub": True,
+            "hub_repo_id": "a/b",
+            "hub_strategy": "checkpoint",
+            "checkpointing_steps": None,
+        },
+        "hub_strategy",
+    ),
 ]
 
 
@@ -195,6 +215,8 @@ GOOD = [
     {"sync_reference": True, "loss_type": ["dpo", "simpo"]},
     {"sync_reference": True, "loss_type": "kto"},
     {"seed": 2**32 - 1, "data_seed": 0},
+    {"push_to_hub": True, "hub_repo_id": "ann/tiny-1.0_b", "hub_revision": "exp/2"},
+    {"push_to_hub": True, "hub_repo_id": "a/b", "hub_private": False, "hub_strategy": "end"},
 ]
 
 

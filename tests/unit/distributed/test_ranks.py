@@ -1,12 +1,21 @@
 """What one rank meets alone, all end with: the same error, told by rank 0."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.ranks import ALONE
-from preftune.errors import CacheError, ConfigError, DataError, PreftuneError
+from preftune.errors import (
+    CacheError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    PreftuneError,
+    PushFailed,
+)
 from tests.ranks import on_ranks
 
 
@@ -31,6 +40,36 @@ def test_alone_nothing_is_asked_and_errors_stay_as_they_are():
             method(fail)
         assert caught.value is error
         assert error.rank is None
+
+
+def test_slow_work_of_rank_0_is_awaited_by_all_in_short_waits(monkeypatch):
+    monkeypatch.setattr("preftune.distributed.ranks._BEAT_SECONDS", 0.02)
+    threads = []
+
+    def work(ranks):
+        def slow():
+            time.sleep(0.2)
+            threads.append(ranks.rank)
+            return 7
+
+        return ranks.decide_slowly(slow, lambda: None)
+
+    assert on_ranks(3, work) == [7, 7, 7]
+    assert threads == [0]
+    assert ALONE.decide_slowly(lambda: 3, lambda: None) == 3
+
+
+def test_slow_work_that_fails_or_is_broken_off_ends_all_ranks(monkeypatch):
+    monkeypatch.setattr("preftune.distributed.ranks._BEAT_SECONDS", 0.02)
+    error, never = PushFailed("no luck"), threading.Event()
+
+    def fail():
+        raise error
+
+    raised(on_ranks(2, lambda r: r.decide_slowly(fail, lambda: None)), PushFailed, "no luck")
+    outcomes = on_ranks(2, lambda r: r.decide_slowly(never.wait, lambda: "SIGTERM"))
+    never.set()
+    raised(outcomes, Interrupted, "SIGTERM")
 
 
 def test_together_gives_each_rank_its_own_value():
