@@ -1,9 +1,11 @@
 """The parts of a run that touch its folder and its manifest."""
 
 import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,10 @@ from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
+from preftune.tracking.follower import Followers
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
-from preftune.tracking.tracker import Tracker, open_tracker
+from preftune.tracking.tracker import TrackedRun, open_tracker
 from preftune.training.checkpoint import Snapshot, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
@@ -91,7 +94,7 @@ class Run:
         self.earlier_seconds = 0.0
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
-        self._trackers: list[Tracker] = []
+        self._followers: Followers | None = None
         self.checkpoints = Checkpoints(config, start.folder, runtime, display, self._note_best)
         if not loaded.policy.compact_head:
             display.say(
@@ -293,17 +296,36 @@ class Run:
         settings = replace(self.config, resume="auto")
         write_atomically(folder.config, settings.to_yaml(redacted_values))
 
-    def trackers(self, step: int) -> list[Tracker]:
-        """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
+    def follow(self) -> Callable[[], None]:
+        """Bring the trackers of `report_to` what they lack, from now on, beside the training.
+
+        Returns:
+            What lets them know that the files hold all there is of the steps so far.
+        """
         if not self.runtime.is_main or not self.config.report_to:
-            return []
-        self._trackers = [
-            open_tracker(name, self.start.folder.root, step) for name in self.config.report_to
-        ]
-        return self._trackers
+            return lambda: None
+        settings, folder = self.manifest["config"], self.start.folder
+        held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
+        tracked = TrackedRun(
+            folder=folder.root,
+            id=self.manifest["run_id"],
+            name=settings["run_name"],
+            project=settings["exp_name"],
+            facts={
+                **settings,
+                "run_id": self.manifest["run_id"],
+                "model_fingerprint": self.manifest["model"]["weights"],
+                "dataset_fingerprint": self.pairs.train.examples.fingerprint(),
+                "held_out_fingerprints": held_out,
+            },
+        )
+        openers = {name: partial(open_tracker, name) for name in self.config.report_to}
+        files = [folder.metrics, folder.samples]
+        self._followers = Followers(openers, tracked, files, self.display.say)
+        return self._followers.wake
 
     def _take_up_manifest(self) -> None:
-        folder = self.start.folder
+        folder, earlier = self.start.folder, {}
         if folder.manifest.is_file():
             earlier = folder.read_manifest()
             self.earlier_seconds = earlier.get("seconds", 0.0)
@@ -311,6 +333,8 @@ class Run:
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
             self.manifest["resumed_from"] = str(self.start.checkpoint.resolve())
+        # What trackers know the run by, however often it goes on.
+        self.manifest["run_id"] = earlier.get("run_id") or secrets.token_hex(8)
 
     def note(self, state: TrainState, batcher: RowBatcher) -> None:
         """Put what the guards have met so far into the manifest on disk."""
@@ -450,8 +474,9 @@ class Run:
 
     def release(self) -> None:
         """Close the trackers, and let other processes have the folder."""
-        for tracker in self._trackers:
-            tracker.close()
+        if self._followers is not None:
+            status = self.manifest["status"]
+            self._followers.close("failed" if status == "running" else status)
         self.checkpoints.close()
         if self._lock is not None:
             os.close(self._lock)

@@ -174,7 +174,6 @@ def _train(
     state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
     metrics_file = run.begin(state, batcher)
-    trackers = [metrics_file, *run.trackers(state.step)]
     loop = TrainingLoop(
         config=config,
         runtime=runtime,
@@ -185,7 +184,7 @@ def _train(
         micro_batching=micro_batching,
         schedule=make_schedule(config, num_steps),
         num_steps=num_steps,
-        trackers=trackers,
+        metrics_file=metrics_file,
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
@@ -195,6 +194,7 @@ def _train(
         deadline=deadline,
         best=run.checkpoints.best,
         on_step=on_step,
+        tell_trackers=run.follow(),
         note=lambda: run.note(state, batcher),
     )
     try:
