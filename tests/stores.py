@@ -60,8 +60,10 @@ def tensorboard_texts(run: Path, tag: str) -> list[tuple[int, str]]:
 
 def wandb_records(run: Path) -> list[Any]:
     """The records of the run's one offline folder: W&B's messages, in LevelDB's log format."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its service writes the rest when it ends
     (path,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
     return [Record.FromString(data) for data in _leveldb_records(path.read_bytes())]
 
@@ -88,8 +90,9 @@ def wandb_history(run: Path) -> list[dict[str, Any]]:
     for record in wandb_records(run):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
-            rows.append(row | {"_step": record.history.step.num})
+            keys = (item.key or "/".join(item.nested_key) for item in items)
+            values = (json.loads(item.value_json) for item in items)
+            rows.append(dict(zip(keys, values, strict=True)))
     return rows
 
 
