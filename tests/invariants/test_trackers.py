@@ -94,6 +94,17 @@ def test_trackers_that_fail_cost_no_step(tmp_path, monkeypatch, capsys):
     assert "mlflow did not get the metrics of every step" in told
 
 
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_wandb_without_an_account_is_refused(tmp_path, capsys, command):
+    options = settings(tmp_path, report_to="wandb")
+    with stores.own_stores(tmp_path), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "online")
+        assert main([command, *arguments(options)]) == 2
+    told = capsys.readouterr().err
+    assert "report_to is 'wandb', and no key of an account is found; `wandb login`" in told
+    assert not (tmp_path / "run").exists()
+
+
 CHILD = """
 import os, signal, sys
 from pathlib import Path

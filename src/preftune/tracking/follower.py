@@ -60,7 +60,7 @@ class Followers:
         for follower in self._followers:
             follower.finish(status)
         for follower in self._followers:
-            follower.join(max(0.0, deadline - time.monotonic()))
+            follower.join(deadline)
             if not follower.is_done:
                 since = f"after step {follower.taken}" if follower.taken >= 0 else "of every step"
                 self._say(
@@ -96,6 +96,7 @@ class Follower:
         self._woken = threading.Event()
         self._closing = threading.Event()
         self._failures = 0
+        self._is_left = False
         # A daemon: what hangs in a library must not keep the process.
         self._thread = threading.Thread(target=self._run, name=f"preftune-{name}", daemon=True)
         self._thread.start()
@@ -111,9 +112,10 @@ class Follower:
         self._closing.set()
         self._woken.set()
 
-    def join(self, seconds: float) -> None:
-        """Wait for the end."""
-        self._thread.join(seconds)
+    def join(self, deadline: float) -> None:
+        """Wait for the end until `deadline`, by `time.monotonic`; then it is left alone."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._is_left = True
 
     def _sizes_now(self) -> list[int]:
         return [path.stat().st_size if path.exists() else 0 for path in self._files]
@@ -126,6 +128,8 @@ class Follower:
                 self.is_done = True
                 return
             except Exception as error:  # whatever a library raises, training goes on
+                if self._is_left:
+                    return
                 self._tell(error)
             if is_last:
                 return

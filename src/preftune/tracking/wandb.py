@@ -33,8 +33,8 @@ class WandbTracker:
             disable_git=True,
             save_code=False,
         )
-        self._is_offline = wandb.setup().settings.mode not in ("online", "shared")
-        if self._is_offline:
+        offline = _is_offline()
+        if offline:
             for earlier in (run.folder / "wandb").glob(f"offline-run-*-{run.id}"):
                 shutil.rmtree(earlier)
         self._run = wandb.init(
@@ -43,11 +43,11 @@ class WandbTracker:
             id=run.id,
             dir=str(run.folder),
             config=dict(run.facts),
-            resume=None if self._is_offline else "allow",
+            resume=None if offline else "allow",
             reinit="create_new",
             settings=settings,
         )
-        self.last_step = -1 if self._is_offline else self._run.step - 1
+        self.last_step = -1 if offline else self._run.step - 1
 
     def append(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
@@ -67,6 +67,8 @@ class WandbTracker:
 
 def lacks_account() -> bool:
     """Whether runs go to a server, and no key for it is found; asks nobody for one."""
-    if wandb.setup().settings.mode not in ("online", "shared"):
-        return False
-    return not wandb.login(prompt=False, verify=False)
+    return not _is_offline() and not wandb.login(prompt=False, verify=False)
+
+
+def _is_offline() -> bool:
+    return wandb.setup().settings.mode in ("offline", "dryrun", "disabled")

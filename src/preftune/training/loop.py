@@ -167,8 +167,9 @@ class TrainingLoop:
             record |= self._evaluated_metrics()
         if record and self.runtime.is_main:
             self.metrics_file.append({"step": step, **record})
-            self.tell_trackers()
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
+        if record:
+            self.tell_trackers()
         if evaluating and self._is_best(record):
             saving = True
         if saving:

@@ -239,7 +239,10 @@ MISTAKES = {
     "tracker": (
         "report_to: wandbb\n",
         "",
-        ["config.yaml line 1: report_to is 'wandbb'; it must be tensorboard, wandb, trackio, mlflow or null"],
+        [
+            "config.yaml line 1: report_to is 'wandbb'; it must be tensorboard, wandb, trackio, "
+            "mlflow or null"
+        ],
     ),
     "transform": (
         None,
