@@ -57,8 +57,9 @@ def _no_network() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give each test session a cache folder of its own."""
+    """Give each test session cache folders of its own."""
     patch = pytest.MonkeyPatch()
     patch.setenv("PREFTUNE_CACHE", str(tmp_path_factory.mktemp("preftune-cache")))
+    patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))  # read at its import
     yield
     patch.undo()

@@ -1,11 +1,14 @@
 """Tokens and passwords of the environment and the config are in no file that a run writes."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from preftune.cli.main import main
+from tests import stores
 from tests.runs import arguments, tiny_settings
 
 SECRETS = {
@@ -28,13 +31,20 @@ def holding(root, texts):
     return found
 
 
-def test_secrets_are_in_no_file_that_a_run_writes(tmp_path, monkeypatch):
+@pytest.fixture
+def own_stores(tmp_path):
+    with stores.own_stores(tmp_path):
+        yield
+
+
+@pytest.mark.filterwarnings(stores.PANDAS)
+def test_secrets_are_in_no_file_that_a_run_writes(tmp_path, monkeypatch, own_stores):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     settings = tiny_settings(
         tmp_path,
         checkpointing_steps=2,
-        report_to=["tensorboard"],
+        report_to=["tensorboard", "wandb", "trackio", "mlflow"],
         test_size=4,
         exp_name="run of " + SECRETS["GITHUB_TOKEN"],
         run_name=SECRETS["HF_TOKEN"],
@@ -46,7 +56,9 @@ def test_secrets_are_in_no_file_that_a_run_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["preftune", *words, *SECRETS.values()])
     assert main(words) == 0
     texts = [*SECRETS.values(), model.name]
-    written = tmp_path / "run", tmp_path / "cache"
+    assert list((tmp_path / "run" / "wandb").iterdir())
+    trackio = Path(os.environ["TRACKIO_DIR"])
+    written = tmp_path / "run", tmp_path / "cache", tmp_path / "mlflow-store", trackio
     assert [found for folder in written for found in holding(folder, texts)] == []
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "REDACTED" in " ".join(manifest["command"])

@@ -8,6 +8,7 @@ from preftune.config.section import Section
 from preftune.config.typed import AlsoSpelled
 
 Progress = Literal["auto", "rich", "plain", "none"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 @dataclass(kw_only=True)
@@ -17,9 +18,11 @@ class LoggingConfig(Section):
     logging_steps: int = 10
     """Optimizer steps between two lines of metrics, 1 or more."""
 
-    report_to: Annotated[list[Literal["tensorboard"]] | None, AlsoSpelled(none=None)] = None
+    report_to: Annotated[list[TrackerName] | None, AlsoSpelled(none=None)] = None
     """Where metrics go besides metrics.jsonl, which is always written: a list of names, or one.
-    tensorboard: event files in the run's folder. Unset, none or []: nowhere else."""
+    tensorboard: event files in the run's folder; wandb: Weights & Biases (WANDB_MODE=offline: a
+    folder for `wandb sync`); trackio: its store on this machine; mlflow: MLFLOW_TRACKING_URI, or a
+    database in the run's folder. Unset, none or []: nowhere else."""
 
     progress: Progress = "auto"
     """What the terminal shows. rich: a live view; plain: a line every ten seconds; none: nothing,

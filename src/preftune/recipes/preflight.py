@@ -60,7 +60,7 @@ def check_setup(
 
     def look() -> tuple[ExperimentConfig, PreTrainedTokenizerBase]:
         look_at_cache(config, findings)
-        found = look_at_model(config, findings, start)
+        found = look_at_model(config, findings, start, is_main=ranks.is_main)
         findings.raise_all()
         assert found is not None  # or there was a finding
         return found
@@ -86,9 +86,15 @@ def look_at_cache(config: ExperimentConfig, findings: Findings) -> bool:
 
 
 def look_at_model(
-    config: ExperimentConfig, findings: Findings, start: RunStart | None
+    config: ExperimentConfig, findings: Findings, start: RunStart | None, *, is_main: bool = True
 ) -> tuple[ExperimentConfig, PreTrainedTokenizerBase] | None:
     """See that device and packages can run the model, and load the tokenizer; no weights are read.
+
+    Args:
+        config: of the run.
+        findings: takes what is wrong.
+        start: how the run begins, if that is known.
+        is_main: whether this process would open trackers.
 
     Returns:
         The config with the model's commit as its revision, and the tokenizer.
@@ -102,7 +108,7 @@ def look_at_model(
     with findings:
         check_quantization(config)
     with findings:
-        check_trackers(config.report_to)
+        check_trackers(config.report_to, is_main=is_main)
     with findings:
         # A branch may move while the run is away: what it stood for at the start stays.
         known = None if start is None else start.model_commit

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.recipes.results import held_out_results
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
+from preftune.tracking.follower import Followers
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
-from preftune.tracking.tracker import Tracker, open_tracker
+from preftune.tracking.tracker import TrackedRun, open_tracker
 from preftune.training.checkpoint import Snapshot, snapshot
 from preftune.training.dry_run import try_heaviest
 from preftune.training.generators import generator_tensors
@@ -93,11 +95,11 @@ class Run:
         self.earlier_seconds = 0.0
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
-        self._trackers: list[Tracker] = []
+        self._followers: Followers | None = None
+        self._pusher: CheckpointPusher | None = None
         self.checkpoints = Checkpoints(
             config, start.folder, runtime, display, self._note_best, self._push
         )
-        self._pusher: CheckpointPusher | None = None
         if not loaded.policy.compact_head:
             display.say(
                 "the model does more to its logits than preftune's head knows: every position is "
@@ -301,14 +303,33 @@ class Run:
         settings = replace(self.config, resume="auto")
         write_atomically(folder.config, settings.to_yaml(redacted_values))
 
-    def trackers(self, step: int) -> list[Tracker]:
-        """Where metrics go besides `metrics.jsonl`, from the step after `step` on."""
+    def follow(self) -> Callable[[], None]:
+        """Bring the trackers of `report_to` what they lack, from now on, beside the training.
+
+        Returns:
+            What lets them know that the files hold all there is of the steps so far.
+        """
         if not self.runtime.is_main or not self.config.report_to:
-            return []
-        self._trackers = [
-            open_tracker(name, self.start.folder.root, step) for name in self.config.report_to
-        ]
-        return self._trackers
+            return lambda: None
+        settings, folder = self.manifest["config"], self.start.folder
+        held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
+        tracked = TrackedRun(
+            folder=folder.root,
+            id=self.manifest["run_id"],
+            name=settings["run_name"],
+            project=settings["exp_name"],
+            facts={
+                **settings,
+                "run_id": self.manifest["run_id"],
+                "model_fingerprint": self.manifest["model"]["weights"],
+                "dataset_fingerprint": self.pairs.train.examples.fingerprint(),
+                "held_out_fingerprints": held_out,
+            },
+        )
+        openers = {name: partial(open_tracker, name) for name in self.config.report_to}
+        files = [folder.metrics, folder.samples]
+        self._followers = Followers(openers, tracked, files, self.display.say)
+        return self._followers.wake
 
     def _take_up_manifest(self) -> None:
         folder = self.start.folder
@@ -316,6 +337,7 @@ class Run:
             earlier = folder.read_manifest()
             self.earlier_seconds = earlier.get("seconds", 0.0)
             self.manifest["started"] = earlier["started"]
+            # What trackers and the hub know the run by, however often it goes on.
             self.manifest["run_id"] = earlier.get("run_id", self.manifest["run_id"])
             self.manifest["resumed_from"] = earlier.get("resumed_from")
         elif self.start.checkpoint is not None:
@@ -467,8 +489,9 @@ class Run:
 
     def release(self) -> None:
         """Close the trackers, and let other processes have the folder."""
-        for tracker in self._trackers:
-            tracker.close()
+        if self._followers is not None:
+            status = self.manifest["status"]
+            self._followers.close("failed" if status == "running" else status)
         self.checkpoints.close()
         if self._pusher is not None:
             self._pusher.stop()

@@ -172,7 +172,7 @@ def _train(
         micro_batching=micro_batching,
         schedule=make_schedule(config, num_steps),
         num_steps=num_steps,
-        trackers=[metrics_file, *run.trackers(state.step)],
+        metrics_file=metrics_file,
         display=display,
         evaluate=run.evaluator(state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
@@ -182,6 +182,7 @@ def _train(
         deadline=deadline,
         best=run.checkpoints.best,
         on_step=on_step,
+        tell_trackers=run.follow(),
         note=lambda: run.note(state, batcher),
     )
     return _trained(run, loop, engine)

@@ -16,8 +16,8 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
 from preftune.objective import Objective
+from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, Update
-from preftune.tracking.tracker import Tracker
 from preftune.training.ahead import Ahead
 from preftune.training.memory import (
     explain_lack_of_memory,
@@ -59,7 +59,7 @@ class TrainingLoop:
     micro_batching: MicroBatching
     schedule: Schedule
     num_steps: int
-    trackers: Sequence[Tracker]
+    metrics_file: MetricsFile
     display: ProgressDisplay
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
     """Metrics by label of the held-out set, empty for a single one; None without any."""
@@ -69,6 +69,8 @@ class TrainingLoop:
     """Whether one could not be written on this rank."""
     settle: Callable[[], None]
     """Wait until all are on disk; raises on every rank what went wrong on any."""
+    tell_trackers: Callable[[], None]
+    """Let them know that the files hold all there is of the steps so far."""
     note: Callable[[], None]
     """Write what the state's guards have met into the run's manifest."""
     requests: SignalRequests
@@ -165,9 +167,10 @@ class TrainingLoop:
         if evaluating:
             record |= self._evaluated_metrics()
         if record and self.runtime.is_main:
-            for tracker in self.trackers:
-                tracker.append({"step": step, **record})
+            self.metrics_file.append({"step": step, **record})
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
+        if record:
+            self.tell_trackers()
         if evaluating and self._is_best(record):
             saving = True
         if saving:

@@ -109,6 +109,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """One line a sampled prompt and step."""
+        return self.root / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Holds `step-00000100/` and so on."""
         return self.root / "checkpoints"

@@ -237,9 +237,12 @@ MISTAKES = {
     ),
     "stage": ("stage: rl\n", "", ["config.yaml line 1: stage is 'rl'; it must be sft or dpo"]),
     "tracker": (
-        "report_to: wandb\n",
+        "report_to: wandbb\n",
         "",
-        ["config.yaml line 1: report_to is 'wandb'; it must be tensorboard or null"],
+        [
+            "config.yaml line 1: report_to is 'wandbb'; it must be tensorboard, wandb, trackio, "
+            "mlflow or null"
+        ],
     ),
     "transform": (
         None,

@@ -134,7 +134,7 @@ others = given_or_not(
     exp_name=names,
     run_name=st.none() | names,
     use_cache=st.booleans(),
-    report_to=st.sampled_from([None, "tensorboard", "none", [], ["tensorboard"]]),
+    report_to=st.sampled_from([None, "wandb", "none", [], ["tensorboard", "mlflow"]]),
     dataset_transforms=st.lists(text.filter(lambda name: ":" not in name), min_size=1, max_size=3),
     num_proc=st.none() | counts,
     dataset_cache_mode=st.sampled_from(["local", "hub", "off"]),
