@@ -89,7 +89,7 @@ def model_card(
         experiment=config.exp_name,
         num_pairs=train["num_pairs"],
         dropped=json.dumps(train["dropped"]),
-        steps=manifest["steps"],
+        steps=manifest.get("final_step", manifest["steps"]),
         batch=manifest["global_batch_size"],
         learning_rate=config.peak_rate,
         schedule=config.lr_scheduler_type,

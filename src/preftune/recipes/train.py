@@ -41,6 +41,7 @@ from preftune.recipes.same_start import (
     agree_on_start,
     check_output_is_seen,
 )
+from preftune.recipes.sampling import choose_prompts
 from preftune.recipes.start_model import StartModel
 from preftune.recipes.step_zero import (
     PlainScores,
@@ -113,6 +114,7 @@ def _train(
 
     # ---------------------------------------------------------------- data, before weights load
     pairs = _load_pairs(pinned, tokenizer, cache, runtime, display)
+    prompts = runtime.together(lambda: choose_prompts(pinned, pairs))
     sampler = PairSampler(
         len(pairs.train.examples),
         config.global_batch_size(runtime.data_size),
@@ -154,6 +156,7 @@ def _train(
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
+    run.ask(prompts)  # as long as it is in its initial state
     metrics_file = run.begin(state, batcher)
     loop = TrainingLoop(
         config=config,
@@ -173,7 +176,10 @@ def _train(
         settle=run.checkpoints.settle,
         requests=requests,
         deadline=deadline,
+        costs=run.costs,
+        sample=None if config.sample_steps is None else run.sample,
         best=run.checkpoints.best,
+        early_stopping=run.early_stopping,
         on_step=on_step,
         note=lambda: run.note(state, batcher),
     )
@@ -234,6 +240,9 @@ def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
     try:
         with run.checkpoints.awaited():
             loop.run()
+        run.stopped(loop.state)
+        run.load_best(loop.state)
+        run.manifest["final_step"] = loop.state.step
         run.save_final(engine)
         return TrainResult(run.start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:

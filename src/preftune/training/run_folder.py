@@ -40,6 +40,12 @@ MAY_CHANGE = frozenset(
         "checkpoint_async",
         "metric_for_best_model",
         "greater_is_better",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "load_best_model_at_end",
+        "eval_on_start",
+        "sample_steps",
+        "num_samples",
         "max_run_time",
         "collective_timeout",
         "resume",
@@ -99,6 +105,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """One line a logging step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One line a sampled prompt and step."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def start_answers(self) -> Path:
+        """What the policy answered before its first step."""
+        return self.root / "start_answers.json"
 
     @property
     def checkpoints(self) -> Path:
