@@ -164,10 +164,11 @@ def sample_row(
 
 
 def _flags(ids: Sequence[int], chosen: int | None, stop_ids: Collection[int]) -> list[str]:
+    cut = not ids or ids[-1] not in stop_ids
     found = {
-        "cut": not ids or ids[-1] not in stop_ids,
+        "cut": cut,
         "repetitive": repetition(ids) > REPETITIVE,
         "long": chosen is not None and len(ids) > 2 * chosen,
-        "short": chosen is not None and 2 * len(ids) < chosen,
+        "short": chosen is not None and not cut and 2 * len(ids) < chosen,
     }
     return [name for name, is_so in found.items() if is_so]

@@ -39,8 +39,8 @@ class EarlyStopping:
         return self.num_waited >= self.patience
 
     def take(self, record: Mapping[str, float]) -> None:
-        """Look at an evaluation; one that is no number is never better."""
-        value = record[self.metric]
+        """Look at an evaluation; one that is no number, or has none, is never better."""
+        value = record.get(self.metric, math.nan)
         if self._is_better(value):
             self.value, self.num_waited = value, 0
         else:
@@ -58,7 +58,7 @@ class EarlyStopping:
         if self.value is None:
             return f"{self.metric} was no number in the last {evaluations}"
         than = f" by more than {self.threshold:g}" if self.threshold else ""
-        return f"the last {evaluations} did not better {self.metric} {self.value:.6g}{than}"
+        return f"{self.metric} was not better than {self.value:.6g}{than} in the last {evaluations}"
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
         """Go on counting where a checkpoint stood, if it is by the same measure."""

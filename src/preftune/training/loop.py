@@ -179,13 +179,13 @@ class TrainingLoop:
         if logging or saving or evaluating or sampling:
             self._stop_if_diverged()  # host sync
         evaluated = self._evaluated_metrics() if evaluating else {}
-        is_best = evaluating and self._is_best(evaluated)
         over = evaluating and self._stops_early(evaluated)
         record = self._logged_metrics() if logging or over else {}
         record |= evaluated
         self._append(record)
         if sampling or over:
             self._sample(step)
+        is_best = evaluating and self._is_best(evaluated)
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
         if saving or is_best or over:
             self.save()
