@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
+from preftune.batching.micro_batches import MicroBatching, num_positions
 from preftune.batching.sampler import PairSampler
 from preftune.batching.shards import RowPart
 from preftune.config.experiment import ExperimentConfig
@@ -23,7 +22,6 @@ from preftune.data.table import TokenRows
 from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
-from preftune.evaluation.held_out import MOST_SOURCES, evaluate_pairs, rows_by_source
 from preftune.files import write_atomically
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import LoadedModel, in_dtype, saved_dtype, stop_at, written_weights
@@ -37,19 +35,15 @@ from preftune.recipes.sampling import PolicyAnswers, Prompts
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.jsonl import MetricsFile
-from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.tracking.progress import ProgressDisplay
 from preftune.tracking.tracker import Tracker, open_tracker
 from preftune.training.checkpoint import Snapshot, snapshot
 from preftune.training.costs import Costs
 from preftune.training.dry_run import try_heaviest
 from preftune.training.early_stopping import EarlyStopping
 from preftune.training.generators import generator_tensors
-from preftune.training.loop import GOES_ON
 from preftune.training.memory import (
-    explain_lack_of_memory,
     peak_memory_gib,
-    rows_and_tokens,
-    scoring_remedies,
 )
 from preftune.training.restore import load_checkpoint
 from preftune.training.run_folder import RunStart, new_manifest
@@ -95,7 +89,7 @@ class Run:
         self.costs = Costs()
         self.early_stopping = EarlyStopping.of(config)
         self._samples_file = MetricsFile(start.folder.samples)
-        self._answers: PolicyAnswers | None = None
+        self.answers: PolicyAnswers | None = None
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
         self._trackers: list[Tracker] = []
@@ -168,67 +162,6 @@ class Run:
             columns["is_desirable"] = examples.roles == "chosen"
         return {k: torch.tensor(v, device=self.runtime.device) for k, v in columns.items()}
 
-    def evaluator(
-        self,
-        state: TrainState,
-        objective: Objective[Any],
-        held_out: dict[str, RowBatcher],
-    ) -> Callable[[], dict[str, dict[str, float]]] | None:
-        """What evaluates the held-out pairs, by label; None without them."""
-        if not held_out:
-            return None
-        sources = {label: self._sources_of(label) for label in held_out}
-        batches = {
-            label: sorted_batches(
-                self.pairs.held_out[label].examples.sizes,
-                self.layout.name,
-                rows=self.config.eval_rows,
-                max_tokens=self.config.max_tokens_per_microbatch,
-            )
-            for label in held_out
-        }
-
-        def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
-            stage = f"evaluate {label}".rstrip()
-            sizes = self.pairs.held_out[label].examples.sizes
-
-            def heaviest() -> tuple[int, int]:
-                return largest(batches[label], sizes, self.layout.name)
-
-            with (
-                self.display.stage(stage, len(batcher.examples), "pair") as update,
-                explain_lack_of_memory(
-                    "in evaluation",
-                    self.runtime.device,
-                    lambda: f"the heaviest micro-batch ({rows_and_tokens(*heaviest())})",
-                    lambda: scoring_remedies(*heaviest()),
-                    then=GOES_ON,
-                ),
-            ):
-                metrics = evaluate_pairs(
-                    state.model,
-                    objective,
-                    batcher,
-                    batches[label],
-                    self.runtime,
-                    by_source=sources[label],
-                    running=state.running,
-                    progress=counting(update),
-                )
-            return metrics | ({} if self._answers is None else self._answers.kl(label))
-
-        return lambda: {label: evaluate(label, batcher) for label, batcher in held_out.items()}
-
-    def _sources_of(self, label: str) -> dict[str, np.ndarray]:
-        """The rows of a held-out set by what they came from; empty where all are of one source."""
-        names = self.pairs.held_out[label].examples.sources
-        if (number := len(set(names))) > MOST_SOURCES:
-            self.display.say(
-                f"the held-out {self.pairs.train.unit} {label} are of {number} sources: the "
-                f"{MOST_SOURCES} largest have metrics of their own"
-            )
-        return rows_by_source(names)
-
     def ask(self, prompts: Prompts | None) -> None:
         """Let the policy, which has not trained yet, answer prompts.
 
@@ -237,7 +170,7 @@ class Run:
         """
         if prompts is None:
             return
-        self._answers = PolicyAnswers(
+        self.answers = PolicyAnswers(
             self.config,
             prompts,
             self.loaded,
@@ -252,12 +185,12 @@ class Run:
         if checkpoint is not None:  # maybe another run's
             kept.append(checkpoint.parent.parent / folder.start_answers.name)
         with self.costs.of("sampling"):
-            self._answers.begin(self.manifest["model"]["weights"], kept)
+            self.answers.begin(self.manifest["model"]["weights"], kept)
 
     def sample(self, step: int) -> None:
         """Let the policy answer the prompts as it is after a step."""
-        assert self._answers is not None  # with sample_steps there are prompts
-        rows = self._answers.sample(step)
+        assert self.answers is not None  # with sample_steps there are prompts
+        rows = self.answers.sample(step)
         if not self.runtime.is_main:
             return
         for row in rows:
@@ -350,8 +283,8 @@ class Run:
         folder.checkpoints.mkdir(exist_ok=True)
         for file, offset in offsets.items():
             take_over_metrics(file, self.start.checkpoint, offset)
-        if self._answers is not None:
-            self._answers.write(folder.start_answers)
+        if self.answers is not None:
+            self.answers.write(folder.start_answers)
         # `resume` belongs to the command, not to the run that a copy of it would repeat.
         settings = replace(self.config, resume="auto")
         write_atomically(folder.config, settings.to_yaml(redacted_values))

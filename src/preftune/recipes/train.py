@@ -30,6 +30,7 @@ from preftune.model.layout_probe import rounded_to
 from preftune.model.load import LoadedModel
 from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
 from preftune.objective import Objective, objective_of
+from preftune.recipes.evaluating import evaluator
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
@@ -170,7 +171,7 @@ def _train(
         num_steps=num_steps,
         trackers=[metrics_file, *run.trackers(state.step)],
         display=display,
-        evaluate=run.evaluator(state, objective, held_out),
+        evaluate=evaluator(run, state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
         save_failed=run.checkpoints.failed,
         settle=run.checkpoints.settle,
