@@ -185,6 +185,15 @@ MISTAKES = {
     # ---- settings that contradict each other
     "eval_steps 1.0": given(eval_steps=1.0),
     "evaluation without data": given(eval_steps=5, test_size=LEFT_OUT),
+    "samples of a policy that is cut": given(sample_steps=10, zero_stage=3),
+    "a number of samples without any": given(num_samples=4),
+    "a KL divergence without evaluation": given(eval_kl_samples=64, test_size=LEFT_OUT),
+    "early stopping by nothing": given(early_stopping_patience=3),
+    "a threshold without patience": given(
+        early_stopping_threshold=0.1, metric_for_best_model="eval/loss"
+    ),
+    "the best weights by nothing": given(load_best_model_at_end=True),
+    "answers longer than the model": given(sample_steps=10, sample_max_new_tokens=600),
     "both epochs and steps": given(max_train_steps=5),
     "both warm-ups": given(warmup_ratio=0.1, warmup_steps=5),
     "a warm-up as long as the run": given(warmup_steps=100),

@@ -32,6 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
     "token mean": {"ld_alpha": 0.3, "sft_weight": 0.5, "sft_reduction": "token"},
     "kto": FASTER | {"loss_type": "kto", "dataset_name": "labelled.jsonl"},
     "bco": FASTER | {"loss_type": "bco", "dataset_name": "labelled.jsonl"},
+    "samples": FASTER
+    | {"eval_kl_samples": 5, "sample_steps": 3, "num_samples": 3, "sample_max_new_tokens": 6},
+    "stopped early": FASTER
+    | {"eval_steps": 1, "metric_for_best_model": "eval/loss", "checkpointing_steps": 2}
+    | {"early_stopping_patience": 3, "early_stopping_threshold": 9.0},
     "sft": FASTER | {"stage": "sft", "dataset_name": "completions.jsonl"} | SPLIT_OFF,
 }
 COMMON = {"gradient_accumulation_steps": 1, "max_train_steps": 6, "eval_steps": 3}
@@ -96,6 +101,19 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(root, name):
     check_equal(root / "one" / name, root / "two" / name)
+
+
+def test_two_ranks_sample_what_one_does(root):
+    one, two = (root / name / "samples" for name in ("one", "two"))
+    assert (two / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+    assert len((two / "samples.jsonl").read_text().splitlines()) == 6
+    assert abs(read_metrics(two)[-1]["eval/kl/forward"]) > 1e-3
+
+
+def test_two_ranks_stop_early_together(root):
+    for name in ("one", "two"):
+        manifest = json.loads((root / name / "stopped early" / "run.json").read_text())
+        assert (manifest["status"], manifest["final_step"]) == ("finished", 4)
 
 
 def test_two_ranks_skip_the_same_batch(root):

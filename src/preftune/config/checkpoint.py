@@ -45,6 +45,17 @@ class CheckpointConfig(Section):
     """Whether a greater `metric_for_best_model` is a better one. Unset: no for loss and
     perplexity, yes for accuracies, margins and chosen; for other metrics it must be given."""
 
+    early_stopping_patience: int | None = None
+    """End the run when as many evaluations in a row, 1 or more, have brought no better
+    `metric_for_best_model`. Unset: train to the last step."""
+
+    early_stopping_threshold: float | None = None
+    """By how much an evaluation must be better than the last one that counted as better, 0 or more,
+    to count for `early_stopping_patience`. Unset: 0 with that."""
+
+    load_best_model_at_end: bool = False
+    """Write the weights of the best checkpoint to final/, in place of those of the last step."""
+
     max_run_time: str | int | None = None
     """Save, stop and exit with 75 when this command has run so long; the same command goes on.
     Such as 90m, 2h, 1h30m, 1-12:00:00 as Slurm writes it, or a number of seconds. Leave room for
@@ -63,6 +74,8 @@ class CheckpointConfig(Section):
             name = str(self.metric_for_best_model).rsplit("/", 1)[-1]
             if name in _SMALLER + _GREATER:
                 self.greater_is_better = name in _GREATER
+        if self.early_stopping_patience is not None and self.early_stopping_threshold is None:
+            self.early_stopping_threshold = 0.0
 
     @property
     def max_run_seconds(self) -> float | None:
@@ -72,6 +85,7 @@ class CheckpointConfig(Section):
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = count("keep_last_n_checkpoints", self.keep_last_n_checkpoints)
+        found += count("early_stopping_patience", self.early_stopping_patience)
         if isinstance(self.checkpointing_steps, int) and self.checkpointing_steps < 1:
             message = "it must be 1 or more, epoch, or null for none"
             found.append(Problem("checkpointing_steps", self.checkpointing_steps, message))
@@ -85,15 +99,31 @@ class CheckpointConfig(Section):
                 )
             except ValueError as error:
                 found.append(Problem("max_run_time", self.max_run_time, str(error)))
-        return found + _best_problems(self)
+        return found + _threshold_problems(self) + _best_problems(self)
+
+
+def _threshold_problems(section: CheckpointConfig) -> list[Problem]:
+    key, value = "early_stopping_threshold", section.early_stopping_threshold
+    if value is not None and section.early_stopping_patience is None:
+        message = "it is of no use without early_stopping_patience: give that, or leave it out"
+        return [Problem(key, value, message, ("early_stopping_patience",))]
+    return below(key, value, 0, "it must be 0 or more")
 
 
 def _best_problems(section: CheckpointConfig) -> list[Problem]:
     metric, greater = section.metric_for_best_model, section.greater_is_better
     if metric is None:
         message = "there is no metric_for_best_model that it would be about: leave it out"
-        others = ("metric_for_best_model",)
-        return [] if greater is None else [Problem("greater_is_better", greater, message, others)]
+        settings = {
+            "greater_is_better": greater,
+            "early_stopping_patience": section.early_stopping_patience,
+            "load_best_model_at_end": section.load_best_model_at_end or None,
+        }
+        return [
+            Problem(key, value, message, ("metric_for_best_model",))
+            for key, value in settings.items()
+            if value is not None
+        ]
     if section.checkpointing_steps is None:
         message = "checkpointing_steps is null, so there are no checkpoints: leave one of them out"
         return [Problem("metric_for_best_model", metric, message, ("checkpointing_steps",))]

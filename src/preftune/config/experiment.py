@@ -88,12 +88,15 @@ class ExperimentConfig(
         found += self._engine_problems()
         found += self._quantization_problems()
         found += self._hub_problems()
+        found += self._generating_problems()
         if self.has_eval_data:
             return found
         settings = {
             "eval_steps": self.eval_steps,
             "eval_strategy": None if self.eval_strategy == "never" else self.eval_strategy,
             "per_device_eval_batch_size": self.per_device_eval_batch_size,
+            "eval_on_start": self.eval_on_start or None,
+            "eval_kl_samples": self.eval_kl_samples,
         }
         if self.eval_steps is not None:
             del settings["eval_strategy"]  # it may only follow from eval_steps
@@ -204,6 +207,28 @@ class ExperimentConfig(
             return []
         message = "checkpointing_steps is null, so there are no checkpoints: leave one of them out"
         return [Problem(key, strategy, message, ("checkpointing_steps",))]
+
+    def _generating_problems(self) -> list[Problem]:
+        """Of answers that cannot be generated, or that nothing would read."""
+        found = []
+        if self.eval_strategy == "never" and self.has_eval_data:
+            read = {"eval_on_start": self.eval_on_start, "eval_kl_samples": self.eval_kl_samples}
+            message = "eval_strategy is never: take steps or epoch, or leave it out"
+            others = ("eval_strategy",)
+            found = [Problem(key, value, message, others) for key, value in read.items() if value]
+        if self.shards_weights:
+            message = (
+                f"{self.engine} cuts the weights over the processes, which would gather them again "
+                "for each token of an answer: leave it out and sample from a checkpoint, or take "
+                "zero_stage 2 or less"
+            )
+            settings = {"sample_steps": self.sample_steps, "eval_kl_samples": self.eval_kl_samples}
+            found += [
+                Problem(key, value, message, ("fsdp", "zero_stage"))
+                for key, value in settings.items()
+                if value is not None
+            ]
+        return found
 
     def _best_metric_problems(self) -> list[Problem]:
         metric = self.metric_for_best_model

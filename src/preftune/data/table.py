@@ -250,6 +250,12 @@ class TokenRows(Sequence[TokenizedExample]):
         return self._column("content_key")
 
     @property
+    def sources(self) -> np.ndarray:
+        """(rows,) The name of what each row came from: its own, or else that of its dataset."""
+        own = self._table.column("source").take(self._positions).to_numpy(zero_copy_only=False)
+        return np.where(own == None, np.array(self._names, object)[self._origins], own)  # noqa: E711
+
+    @property
     def weights(self) -> np.ndarray:
         """(rows,) float64 factors of the rows' losses, 1 where the data has none."""
         return self._column("weight")

@@ -1,8 +1,9 @@
 """Loss and implicit rewards on pairs that are not trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -11,11 +12,29 @@ from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
 from preftune.losses import PairLogps
 from preftune.metrics import MetricSums
-from preftune.objective import Objective, gathered
+from preftune.objective import Objective, RowMetric, gathered
 
 Progress = Callable[[int, int], None]
 MATCHED = 0.1
 """Answers whose lengths differ by at most this part of the longer count as equally long."""
+MOST_SOURCES = 32
+"""Of more sources than this, the largest have metrics of their own."""
+
+
+def rows_by_source(sources: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of each source, the largest first; empty where all are of one.
+
+    Args:
+        sources: (rows,) names.
+
+    Returns:
+        At most `MOST_SOURCES` of them.
+    """
+    names, at, counts = np.unique(sources.astype(str), return_inverse=True, return_counts=True)
+    if len(names) == 1:
+        return {}
+    largest = np.argsort(-counts, kind="stable")[:MOST_SOURCES]
+    return {str(names[number]): np.flatnonzero(at == number) for number in largest}
 
 
 @torch.no_grad()
@@ -26,6 +45,7 @@ def evaluate_pairs(
     batches: Sequence[Sequence[int]],
     runtime: Runtime,
     *,
+    by_source: Mapping[str, np.ndarray] | None = None,
     running: Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -39,12 +59,13 @@ def evaluate_pairs(
         batcher: holds the pairs and their reference values.
         batches: every row of the dataset once, a forward each.
         runtime: shares the batches out over ranks.
+        by_source: rows that get metrics of their own, too, by name.
         running: what the loss kept of the last global batch; evaluation leaves it as it is.
         progress: called with (pairs done, pairs to do).
 
     Returns:
         Names as in training (`loss`, `rewards/...`) and those of `length_metrics`, without a
-        prefix.
+        prefix; those of a source behind `source/<name>/`.
     """
     # Every rank runs the same number of forwards; short ranks run dummies that count nothing.
     per_rank = -(-len(batches) // runtime.data_size)
@@ -64,18 +85,31 @@ def evaluate_pairs(
     slots = torch.tensor(own, dtype=torch.int64, device=runtime.device)
     logps = gathered(parts, slots, num_pairs, runtime.sum_shares)
     output = objective.output(logps, running=running)
+    lengths = None
+    if isinstance(logps, PairLogps):
+        lengths = logps.chosen_lengths, logps.rejected_lengths
+    found = _means(output.metrics, lengths, objective)
+    for name, rows in (by_source or {}).items():
+        at = torch.as_tensor(rows, device=runtime.device)
+        metrics = {key: metric.at(at) for key, metric in output.metrics.items()}
+        own = lengths and (lengths[0][at], lengths[1][at])
+        found |= {f"source/{name}/{k}": v for k, v in _means(metrics, own, objective).items()}
+    return found
+
+
+def _means(
+    metrics: Mapping[str, RowMetric],
+    lengths: tuple[Tensor, Tensor] | None,
+    objective: Objective[Any],
+) -> dict[str, float]:
     sums = MetricSums()
-    for name, metric in output.metrics.items():
+    for name, metric in metrics.items():
         sums.add(name, metric.total, metric.count)
     means = objective.summary(sums.means(lambda totals: totals))
-    if not isinstance(logps, PairLogps):
+    if lengths is None:
         return means
-    return means | length_metrics(
-        output.metrics["rewards/chosen"].values,
-        output.metrics["rewards/rejected"].values,
-        logps.chosen_lengths,
-        logps.rejected_lengths,
-    )
+    chosen, rejected = metrics["rewards/chosen"].values, metrics["rewards/rejected"].values
+    return means | length_metrics(chosen, rejected, *lengths)
 
 
 def length_metrics(

@@ -52,6 +52,8 @@ class LoadedModel:
     """How the source stores its weights; GGUF counts as float32, the dtype it unpacks to."""
     zeroed_dropout: dict[str, float]
     """Config fields that `disable_dropout` set to 0, with the values to put back on saving."""
+    attention: str
+    """Of the model as it was loaded: what generates text, where rows are not packed."""
     adapter: "Adapter | None" = None
     """What trains in place of the weights; None: all weights train."""
 
@@ -269,7 +271,7 @@ def load_model(
         recompute(model, config.gradient_checkpointing)
     policy = PolicyModel(model, compact_head=compact, use_cache=config.use_cache)
     policy.activation_offload = config.activation_offload
-    return LoadedModel(policy, source_dtype, zeroed)
+    return LoadedModel(policy, source_dtype, zeroed, str(model.config._attn_implementation))
 
 
 def _placing(

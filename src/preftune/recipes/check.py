@@ -24,6 +24,7 @@ from preftune.recipes.preflight import (
     slow_settings,
 )
 from preftune.recipes.publish import look_at_hub
+from preftune.recipes.sampling import choose_prompts
 from preftune.recipes.train import count_steps
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import RunStart, check_writable
@@ -57,6 +58,7 @@ def check(config: ExperimentConfig) -> str:
         with findings:
             pairs = load_experiment_pairs(*found, ProgressDisplay("none"))
             lengths = _describe_run(found[0], pairs.train)
+            choose_prompts(found[0], pairs)
     findings.raise_all()
     assert start is not None  # or there was a finding
     assert pairs is not None

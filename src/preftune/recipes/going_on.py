@@ -90,4 +90,5 @@ def take_over_metrics(metrics_file: MetricsFile, checkpoint: Path | None, offset
             f"{metrics_file.path} lacks lines that {checkpoint} had seen; restore it, or start "
             "a new --output_dir"
         )
-    metrics_file.rewind(offset)
+    if metrics_file.path.exists():
+        metrics_file.rewind(offset)

@@ -220,7 +220,10 @@ def _recipe(
     if config.stage != "sft":
         knobs = {loss.value: config.knobs_of(loss) for loss in config.loss_types}
         yield "Loss settings", f"`{json.dumps(knobs)}`"
-    yield "Steps", f"{facts['steps']}, {facts['global_batch_size']} {unit} each"
+    yield (
+        "Steps",
+        f"{facts.get('final_step', facts['steps'])}, {facts['global_batch_size']} {unit} each",
+    )
     if config.num_epochs is not None:
         yield "Epochs asked for", config.num_epochs
     warmup = config.warmup_steps or config.warmup_ratio

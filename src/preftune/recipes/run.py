@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from preftune.batching.batcher import RowBatcher
 from preftune.batching.layout import Layout
-from preftune.batching.micro_batches import MicroBatching, largest, num_positions, sorted_batches
+from preftune.batching.micro_batches import MicroBatching, num_positions
 from preftune.batching.sampler import PairSampler
 from preftune.batching.shards import RowPart
 from preftune.config.experiment import ExperimentConfig
@@ -24,7 +24,6 @@ from preftune.data.table import TokenRows
 from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
 from preftune.errors import CheckpointError
-from preftune.evaluation.held_out import evaluate_pairs
 from preftune.files import write_atomically
 from preftune.model.layout_choice import LayoutChoice
 from preftune.model.load import LoadedModel, in_dtype, saved_dtype, stop_at, written_weights
@@ -36,21 +35,20 @@ from preftune.recipes.pairs import Pairs
 from preftune.recipes.publish import CheckpointPusher
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.recipes.results import held_out_results
+from preftune.recipes.sampling import PolicyAnswers, Prompts
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
 from preftune.tracking.follower import Followers
 from preftune.tracking.jsonl import MetricsFile
-from preftune.tracking.progress import ProgressDisplay, counting
+from preftune.tracking.progress import ProgressDisplay
 from preftune.tracking.tracker import TrackedRun, open_tracker
 from preftune.training.checkpoint import Snapshot, snapshot
+from preftune.training.costs import Costs
 from preftune.training.dry_run import try_heaviest
+from preftune.training.early_stopping import EarlyStopping
 from preftune.training.generators import generator_tensors
-from preftune.training.loop import GOES_ON
 from preftune.training.memory import (
-    explain_lack_of_memory,
     peak_memory_gib,
-    rows_and_tokens,
-    scoring_remedies,
 )
 from preftune.training.restore import load_checkpoint
 from preftune.training.run_folder import RunStart, new_manifest
@@ -93,6 +91,10 @@ class Run:
         self.num_steps = num_steps
         self.began = time.monotonic()  # clocks may be set
         self.earlier_seconds = 0.0
+        self.costs = Costs()
+        self.early_stopping = EarlyStopping.of(config)
+        self._samples_file = MetricsFile(start.folder.samples)
+        self.answers: PolicyAnswers | None = None
         self._lock: int | None = None
         self._store: ReferenceStore | None = None
         self._followers: Followers | None = None
@@ -168,53 +170,39 @@ class Run:
             columns["is_desirable"] = examples.roles == "chosen"
         return {k: torch.tensor(v, device=self.runtime.device) for k, v in columns.items()}
 
-    def evaluator(
-        self,
-        state: TrainState,
-        objective: Objective[Any],
-        held_out: dict[str, RowBatcher],
-    ) -> Callable[[], dict[str, dict[str, float]]] | None:
-        """What evaluates the held-out pairs, by label; None without them."""
-        if not held_out:
-            return None
-        batches = {
-            label: sorted_batches(
-                self.pairs.held_out[label].examples.sizes,
-                self.layout.name,
-                rows=self.config.eval_rows,
-                max_tokens=self.config.max_tokens_per_microbatch,
-            )
-            for label in held_out
-        }
+    def ask(self, prompts: Prompts | None) -> None:
+        """Let the policy, which has not trained yet, answer prompts.
 
-        def evaluate(label: str, batcher: RowBatcher) -> dict[str, float]:
-            stage = f"evaluate {label}".rstrip()
-            sizes = self.pairs.held_out[label].examples.sizes
+        Args:
+            prompts: None for none.
+        """
+        if prompts is None:
+            return
+        self.answers = PolicyAnswers(
+            self.config,
+            prompts,
+            self.loaded,
+            self.layout.name,
+            self.tokenizer,
+            self._stop_token_id(),
+            self.runtime,
+            self.display,
+        )
+        folder, checkpoint = self.start.folder, self.start.checkpoint
+        kept = [folder.start_answers]
+        if checkpoint is not None:  # maybe another run's
+            kept.append(checkpoint.parent.parent / folder.start_answers.name)
+        with self.costs.of("sampling"):
+            self.answers.begin(self.manifest["model"]["weights"], kept)
 
-            def heaviest() -> tuple[int, int]:
-                return largest(batches[label], sizes, self.layout.name)
-
-            with (
-                self.display.stage(stage, len(batcher.examples), "pair") as update,
-                explain_lack_of_memory(
-                    "in evaluation",
-                    self.runtime.device,
-                    lambda: f"the heaviest micro-batch ({rows_and_tokens(*heaviest())})",
-                    lambda: scoring_remedies(*heaviest()),
-                    then=GOES_ON,
-                ),
-            ):
-                return evaluate_pairs(
-                    state.model,
-                    objective,
-                    batcher,
-                    batches[label],
-                    self.runtime,
-                    running=state.running,
-                    progress=counting(update),
-                )
-
-        return lambda: {label: evaluate(label, batcher) for label, batcher in held_out.items()}
+    def sample(self, step: int) -> None:
+        """Let the policy answer the prompts as it is after a step."""
+        assert self.answers is not None  # with sample_steps there are prompts
+        rows = self.answers.sample(step)
+        if not self.runtime.is_main:
+            return
+        for row in rows:
+            self._samples_file.append(row)
 
     def try_heaviest(
         self,
@@ -253,15 +241,18 @@ class Run:
         """
         metrics_file = MetricsFile(self.start.folder.metrics)
         self.checkpoints.begin(state.engine)
-        offset, checkpoint = 0, self.start.checkpoint
+        checkpoint = self.start.checkpoint
+        offsets = {metrics_file: 0, self._samples_file: 0}
         if checkpoint is not None:
-            offset = self._restore(state, checkpoint)
+            document = self._restore(state, checkpoint)
+            offsets[metrics_file] = document["metrics_offset"]
+            offsets[self._samples_file] = document.get("samples_offset", 0)
             self.display.say(f"going on after step {state.step}, from {checkpoint}")
-        self.runtime.together(lambda: self._take_up_folder(state, batcher, metrics_file, offset))
+        self.runtime.together(lambda: self._take_up_folder(state, batcher, offsets))
         return metrics_file
 
-    def _restore(self, state: TrainState, checkpoint: Path) -> int:
-        """Take the state from a checkpoint; gives the bytes of metrics that it had seen."""
+    def _restore(self, state: TrainState, checkpoint: Path) -> dict[str, Any]:
+        """Take the state from a checkpoint; gives the checkpoint's document."""
         document = self.runtime.together(
             lambda: look_into(checkpoint, self._identity(), self.num_steps)
         )
@@ -277,13 +268,15 @@ class Run:
         found = self.runtime.together(lambda: self.checkpoints.restore_best(document.get("best")))
         if found is not None:
             self.manifest["best_checkpoint"] = found
-        return document["metrics_offset"]
+        if self.early_stopping is not None:
+            self.early_stopping.restore(document.get("early_stopping"))
+        return document
 
     def _how_spread(self) -> dict[str, Any]:
         return {"processes": self.runtime.world_size, "engine": self.config.engine}
 
     def _take_up_folder(
-        self, state: TrainState, batcher: RowBatcher, metrics_file: MetricsFile, offset: int
+        self, state: TrainState, batcher: RowBatcher, offsets: dict[MetricsFile, int]
     ) -> None:
         if not self.runtime.is_main:
             return
@@ -298,7 +291,10 @@ class Run:
         # First, so that a kill from here on leaves a folder that is known as a run's.
         folder.write_manifest(self.manifest)
         folder.checkpoints.mkdir(exist_ok=True)
-        take_over_metrics(metrics_file, self.start.checkpoint, offset)
+        for file, offset in offsets.items():
+            take_over_metrics(file, self.start.checkpoint, offset)
+        if self.answers is not None:
+            self.answers.write(folder.start_answers)
         # `resume` belongs to the command, not to the run that a copy of it would repeat.
         settings = replace(self.config, resume="auto")
         write_atomically(folder.config, settings.to_yaml(redacted_values))
@@ -336,6 +332,7 @@ class Run:
         if folder.manifest.is_file():
             earlier = folder.read_manifest()
             self.earlier_seconds = earlier.get("seconds", 0.0)
+            self.costs.take_up(earlier.get("costs", {}))
             self.manifest["started"] = earlier["started"]
             # What trackers and the hub know the run by, however often it goes on.
             self.manifest["run_id"] = earlier.get("run_id", self.manifest["run_id"])
@@ -382,11 +379,14 @@ class Run:
         """
         window = state.window.snapshot(self.runtime.all_reduce)
         generators = self.runtime.gather(generator_tensors(self.runtime.device))
+        self.runtime.decide(self._samples_file.sync)
         extra = {
             "config": self.manifest["config"],
             "identity": self._identity(),
             "spread": self._how_spread(),
             "metrics_offset": metrics_file.offset,
+            "samples_offset": self._samples_file.offset,
+            "early_stopping": self.early_stopping and self.early_stopping.as_dict(),
             "facts": self._facts(),
         }
 
@@ -413,6 +413,30 @@ class Run:
         self.manifest["best_checkpoint"] = best
         if self.runtime.is_main:
             self.start.folder.write_manifest(self.manifest)
+
+    def stopped(self, state: TrainState) -> None:
+        """Say why training ended before its last step, if it did."""
+        stopping = self.early_stopping
+        if stopping is None or not stopping.is_over or state.step == self.num_steps:
+            return
+        self.display.say(
+            f"stopped early, after step {state.step} of {self.num_steps}: {stopping.describe()}"
+        )
+        self.manifest["early_stopping"] = {"step": state.step, "why": stopping.describe()}
+
+    def load_best(self, state: TrainState) -> None:
+        """Go back to the best checkpoint, if final/ is to have its weights."""
+        best = self.checkpoints.best
+        if best is None or not self.config.load_best_model_at_end:
+            return
+        if best.step is None:
+            self.display.say(f"final/ has the last weights: {best.metric} never was a number")
+        elif best.step != state.step:
+            self.display.say(f"final/ gets the weights of step {best.step}, the best")
+            checkpoint, policy = self.start.folder.checkpoint(best.step), self.loaded.policy.model
+            load_checkpoint(
+                checkpoint, state, policy, device=self.runtime.device, ranks=self.runtime
+            )
 
     def save_final(self, engine: Engine) -> None:
         """Write `final/`, whole or not at all.
@@ -477,10 +501,14 @@ class Run:
 
     def end(self, status: str) -> dict[str, Any]:
         """Write the manifest's last word."""
+        seconds = self.earlier_seconds + time.monotonic() - self.began
+        if costs := self.costs.describe(seconds):
+            self.display.say(costs)
         self.manifest |= {
             "status": status,
             "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": round(self.earlier_seconds + time.monotonic() - self.began, 3),
+            "seconds": round(seconds, 3),
+            "costs": self.costs.as_dict(seconds),
             "peak_memory_gib": peak_memory_gib(self.runtime.device),
         }
         if self.runtime.is_main:

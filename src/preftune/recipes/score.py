@@ -22,8 +22,9 @@ from preftune.data.pairs import PairDataset
 from preftune.data.table import TokenRows
 from preftune.distributed.folders import look_at_folder
 from preftune.distributed.ranks import ALONE, Ranks
-from preftune.distributed.runtime import Runtime, resolve_precision
+from preftune.distributed.runtime import AUTOCAST, Runtime, resolve_precision
 from preftune.errors import ConfigError
+from preftune.evaluation.generation import generating
 from preftune.evaluation.samples import sampled_answers
 from preftune.files import replacing
 from preftune.model.forward import pair_logps
@@ -208,8 +209,6 @@ class OpenModel:
     model: torch.nn.Module
     """The same, as the runtime has prepared it."""
     layout: Layout
-    attention: str
-    """Of the model as it was loaded: what generates text, where rows are not packed."""
 
 
 def open_model(
@@ -223,7 +222,6 @@ def open_model(
     display.say(f"loading {model_config.model_name_or_path}")
     start = StartModel.load(model_config, runtime, is_cut=False)
     loaded = start.loaded
-    attention = str(loaded.policy.model.config._attn_implementation)
     layout = start.lay_out(
         config.forward_layout, config.attn_implementation, longest, with_backward=False
     )
@@ -232,7 +230,7 @@ def open_model(
     if layout.why:
         display.say(f"pairs are padded: {layout.why}")
     model = runtime.prepare_for_inference(loaded.policy)
-    return OpenModel(loaded, model, Layout(layout.name, loaded.policy.limits), attention)
+    return OpenModel(loaded, model, Layout(layout.name, loaded.policy.limits))
 
 
 def _sample(
@@ -247,24 +245,19 @@ def _sample(
         return []
     _, first = np.unique(examples.prompt_keys, return_index=True)
     prompts = [examples[int(row)] for row in np.sort(first)[: config.kl_samples]]
-    model, number = opened.loaded.policy.model, config.kl_samples
-    scoring = str(model.config._attn_implementation)
-    model.set_attn_implementation(opened.attention)
-    try:
-        with (
-            display.stage("sample", number, "answer") as update,
-            explain_lack_of_memory(
-                "while answers are sampled",
-                model.device,
-                lambda: f"the batch of prompts with up to {config.kl_max_new_tokens} new tokens",
-                lambda: ["a lower --kl_max_new_tokens"],
-            ),
-        ):
-            return sampled_answers(
-                model, tokenizer, prompts, number, config.kl_max_new_tokens, update
-            )
-    finally:
-        model.set_attn_implementation(scoring)
+    number = config.kl_samples
+    autocast = AUTOCAST[resolve_precision(config.mixed_precision)]
+    with (
+        generating(opened.loaded, autocast=autocast) as model,
+        display.stage("sample", number, "answer") as update,
+        explain_lack_of_memory(
+            "while answers are sampled",
+            model.device,
+            lambda: f"the batch of prompts with up to {config.kl_max_new_tokens} new tokens",
+            lambda: ["a lower --kl_max_new_tokens"],
+        ),
+    ):
+        return sampled_answers(model, tokenizer, prompts, number, config.kl_max_new_tokens, update)
 
 
 def _logps_of_samples(

@@ -30,6 +30,7 @@ from preftune.model.layout_probe import rounded_to
 from preftune.model.load import LoadedModel
 from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
 from preftune.objective import Objective, objective_of
+from preftune.recipes.evaluating import evaluator
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
@@ -42,6 +43,7 @@ from preftune.recipes.same_start import (
     agree_on_start,
     check_output_is_seen,
 )
+from preftune.recipes.sampling import choose_prompts
 from preftune.recipes.start_model import StartModel
 from preftune.recipes.step_zero import (
     PlainScores,
@@ -119,6 +121,7 @@ def _train(
 
     # ---------------------------------------------------------------- data, before weights load
     pairs = _load_pairs(pinned, tokenizer, cache, runtime, display)
+    prompts = runtime.together(lambda: choose_prompts(pinned, pairs))
     sampler = PairSampler(
         len(pairs.train.examples),
         config.global_batch_size(runtime.data_size),
@@ -161,6 +164,7 @@ def _train(
     # ---------------------------------------------------------------- train
     state = TrainState.at_start(engine, runtime.device, live_reference, precision)
     run.try_heaviest(state, objective, batcher, micro_batching)
+    run.ask(prompts)  # as long as it is in its initial state
     metrics_file = run.begin(state, batcher)
     loop = TrainingLoop(
         config=config,
@@ -174,13 +178,16 @@ def _train(
         num_steps=num_steps,
         metrics_file=metrics_file,
         display=display,
-        evaluate=run.evaluator(state, objective, held_out),
+        evaluate=evaluator(run, state, objective, held_out),
         save=lambda: run.save_checkpoint(state, metrics_file),
         save_failed=run.checkpoints.failed,
         settle=run.checkpoints.settle,
         requests=requests,
         deadline=deadline,
+        costs=run.costs,
+        sample=None if config.sample_steps is None else run.sample,
         best=run.checkpoints.best,
+        early_stopping=run.early_stopping,
         on_step=on_step,
         tell_trackers=run.follow(),
         note=lambda: run.note(state, batcher),
@@ -242,6 +249,9 @@ def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
     try:
         with run.checkpoints.awaited():
             loop.run()
+        run.stopped(loop.state)
+        run.load_best(loop.state)
+        run.manifest["final_step"] = loop.state.step
         run.save_final(engine)
         return TrainResult(run.start.folder, run.end("finished"))
     except (Interrupted, TrainingDiverged) as error:

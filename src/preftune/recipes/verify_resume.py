@@ -82,6 +82,10 @@ def verify_resume(config: VerifyResumeConfig) -> ResumeReport:
         checkpointing_steps=config.stop_after,
         keep_last_n_checkpoints=None,
         checkpoint_max_gb=None,  # the checkpoint to resume from must stay
+        early_stopping_patience=None,  # the two runs have the same steps
+        early_stopping_threshold=None,
+        sample_steps=None,
+        num_samples=None,
         report_to=None,
         push_to_hub=False,
         **dict.fromkeys(HUB_OPTIONS),

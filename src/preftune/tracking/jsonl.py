@@ -1,9 +1,10 @@
-"""`metrics.jsonl`: one object a line, none twice and none missing across resumes."""
+"""`metrics.jsonl` and the like: one object a line, none twice and none missing across resumes."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class MetricsFile:
@@ -23,7 +24,7 @@ class MetricsFile:
         with self.path.open("ab") as file:
             file.truncate(offset)
 
-    def append(self, record: Mapping[str, float]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Write one line and hand it to the operating system."""
         line = json.dumps(record) + "\n"
         with self.path.open("ab") as file:

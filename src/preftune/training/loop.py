@@ -12,6 +12,7 @@ from torch import Tensor
 from preftune.batching.batcher import LaidOut, RowBatcher
 from preftune.batching.micro_batches import MicroBatching
 from preftune.batching.sampler import PairSampler
+from preftune.config.evaluation import steps_between
 from preftune.config.experiment import ExperimentConfig
 from preftune.distributed.runtime import Runtime
 from preftune.errors import ConfigError, Interrupted, TrainingDiverged
@@ -19,6 +20,8 @@ from preftune.objective import Objective
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, Update
 from preftune.training.ahead import Ahead
+from preftune.training.costs import Costs
+from preftune.training.early_stopping import EarlyStopping
 from preftune.training.memory import (
     explain_lack_of_memory,
     num_positions_of,
@@ -39,6 +42,7 @@ SHOWN = {
     "perplexity": "perplexity",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
+    "kl/forward": "kl",
     "perf/peak_memory_gib": "peak GiB",
 }
 
@@ -75,10 +79,16 @@ class TrainingLoop:
     """Write what the state's guards have met into the run's manifest."""
     requests: SignalRequests
     """What signals ask for."""
+    costs: Costs
+    """Takes the seconds that are not spent on training."""
+    sample: Callable[[int], None] | None = None
+    """Let the policy, after so many steps, answer the run's prompts; None without any."""
     deadline: float | None = None
     """When to save and stop, by `time.monotonic`; None for never."""
     best: BestCheckpoint | None = None
     """The best evaluation so far; None where none is kept."""
+    early_stopping: EarlyStopping | None = None
+    """When evaluations end the run; None for never."""
     on_step: Callable[[int, list[str]], None] | None = None
     """Called after each step with its number, counted from 1, and the ids of this rank's rows."""
     _window_began: float = field(default_factory=time.perf_counter)
@@ -98,6 +108,11 @@ class TrainingLoop:
             CheckpointError: a checkpoint could not be written.
         """
         total, start = self.num_steps, self.state.step
+        if self._is_over():  # stopped when its model was not written yet
+            return
+        if start == 0 and self.config.eval_on_start and self.evaluate is not None:
+            self._append(self._evaluated_metrics())
+            self.tell_trackers()
         self._start_window()
         with (
             self.requests.stopping(),
@@ -107,7 +122,12 @@ class TrainingLoop:
             for micro_batches in laid_out:
                 self._one_step(micro_batches)
                 self._after_step(update)
+                if self._is_over():
+                    break
         self.settle()
+
+    def _is_over(self) -> bool:
+        return self.early_stopping is not None and self.early_stopping.is_over
 
     def _lay_out(self, step: int) -> list[LaidOut]:
         runtime = self.runtime
@@ -155,32 +175,44 @@ class TrainingLoop:
 
     def _after_step(self, update: Update) -> None:
         step = self.state.step
-        record: dict[str, float] = {}
         stopping, asked = self._asked()
         logging = step % self.config.logging_steps == 0 or step == self.num_steps
         saving = self._checkpoint_due(step) or asked or stopping is not None
         evaluating = self.evaluate is not None and self._evaluation_due(step)
-        if logging or saving or evaluating:
+        sampling = self._sampling_due(step)
+        if logging or saving or evaluating or sampling:
             self._stop_if_diverged()  # host sync
-        if logging:
-            record |= self._logged_metrics()
-        if evaluating:
-            record |= self._evaluated_metrics()
-        if record and self.runtime.is_main:
-            self.metrics_file.append({"step": step, **record})
-        update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
-        if record:
+        evaluated = self._evaluated_metrics() if evaluating else {}
+        over = evaluating and self._stops_early(evaluated)
+        record = self._logged_metrics() if logging or over else {}
+        record |= evaluated
+        self._append(record)
+        if sampling or over:
+            self._sample(step)
+        if record or sampling:
             self.tell_trackers()
-        if evaluating and self._is_best(record):
-            saving = True
-        if saving:
+        is_best = evaluating and self._is_best(evaluated)
+        update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
+        if saving or is_best or over:
             self.save()
-        if stopping is not None:
+        if stopping is not None and not over:
             self.settle()
             raise Interrupted(
                 f"{stopping}: stopped after step {step} of {self.num_steps}, with a checkpoint "
                 "saved; run the same command again to go on"
             )
+
+    def _append(self, record: dict[str, float]) -> None:
+        if record and self.runtime.is_main:
+            self.metrics_file.append({"step": self.state.step, **record})
+
+    def _sample(self, step: int) -> None:
+        if self.sample is None:
+            return
+        began = time.perf_counter()
+        with self.costs.of("sampling"):
+            self.sample(step)
+        self._window_began += time.perf_counter() - began  # it is not training time
 
     def _asked(self) -> tuple[str | None, bool]:
         """Why to stop, if there is a reason, and whether to save: the same on all ranks."""
@@ -212,6 +244,13 @@ class TrainingLoop:
             self.best.take(record, self.state.step)
         return better
 
+    def _stops_early(self, record: dict[str, float]) -> bool:
+        """Whether evaluations up to this one end the run before its last step."""
+        if self.early_stopping is None:
+            return False
+        self.early_stopping.take(self.runtime.send(record))  # as of rank 0: see `_is_best`
+        return self.early_stopping.is_over
+
     def _logged_metrics(self) -> dict[str, float]:
         means = self.state.window.means(self.runtime.all_reduce)  # host sync
         means = self.objective.summary(means)
@@ -240,7 +279,8 @@ class TrainingLoop:
     def _evaluated_metrics(self) -> dict[str, float]:
         assert self.evaluate is not None  # the caller asked whether evaluation is due
         began = time.perf_counter()
-        evaluated = self.evaluate()
+        with self.costs.of("evaluation"):
+            evaluated = self.evaluate()
         # Evaluation is not training time.
         self._window_began += time.perf_counter() - began
         record = {}
@@ -332,9 +372,13 @@ class TrainingLoop:
             return True
         if self.config.eval_strategy == "epoch":
             return step % self.sampler.steps_per_epoch == 0
-        every: Any = self.config.eval_steps
+        every = self.config.eval_steps
         if self.config.eval_strategy != "steps" or every is None:
             return False
-        if isinstance(every, float):
-            every = max(1, round(every * self.num_steps))
-        return step % every == 0
+        return step % steps_between(every, self.num_steps) == 0
+
+    def _sampling_due(self, step: int) -> bool:
+        every = self.config.sample_steps
+        if self.sample is None or every is None:
+            return False
+        return step == self.num_steps or step % steps_between(every, self.num_steps) == 0

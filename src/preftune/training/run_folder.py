@@ -42,6 +42,12 @@ MAY_CHANGE = frozenset(
         "checkpoint_async",
         "metric_for_best_model",
         "greater_is_better",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "load_best_model_at_end",
+        "eval_on_start",
+        "sample_steps",
+        "num_samples",
         "max_run_time",
         "collective_timeout",
         "resume",
@@ -112,6 +118,11 @@ class RunFolder:
     def samples(self) -> Path:
         """One line a sampled prompt and step."""
         return self.root / "samples.jsonl"
+
+    @property
+    def start_answers(self) -> Path:
+        """What the policy answered before its first step."""
+        return self.root / "start_answers.json"
 
     @property
     def checkpoints(self) -> Path:

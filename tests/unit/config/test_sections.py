@@ -18,6 +18,7 @@ from preftune.losses.spec import LOSS_SPECS, DPOLossType
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "pairs.jsonl"}
 
+BEST = {"test_size": 5, "metric_for_best_model": "eval/loss"}
 ONLY_MIXED = {"dataset_name": None}
 
 
@@ -46,6 +47,28 @@ BAD = [
     ({"activation_offload": True}, "activation_offload"),
     ({"activation_offload": True, "gradient_checkpointing": "selective"}, "activation_offload"),
     ({"dataset_mixer": {"a": 1.0}}, "dataset_name"),
+    ({"sample_steps": 0}, "sample_steps"),
+    ({"sample_steps": 1.0}, "sample_steps"),
+    ({"sample_steps": 5, "num_samples": 0}, "num_samples"),
+    ({"num_samples": 8}, "num_samples"),
+    ({"sample_steps": 5, "sample_max_new_tokens": 0}, "sample_max_new_tokens"),
+    ({"sample_max_new_tokens": 64}, "sample_max_new_tokens"),
+    ({"sample_steps": 5, "fsdp": "full_shard"}, "sample_steps"),
+    ({"sample_steps": 5, "zero_stage": 3}, "sample_steps"),
+    ({"test_size": 5, "eval_kl_samples": 1}, "eval_kl_samples"),
+    ({"test_size": 5, "eval_kl_samples": 9, "zero_stage": 3}, "eval_kl_samples"),
+    ({"eval_kl_samples": 9}, "eval_kl_samples"),
+    ({"eval_on_start": True}, "eval_on_start"),
+    ({"test_size": 5, "eval_strategy": "never", "eval_on_start": True}, "eval_on_start"),
+    ({"test_size": 5, "eval_strategy": "never", "eval_kl_samples": 9}, "eval_kl_samples"),
+    ({"test_size": 5, "early_stopping_patience": 2}, "early_stopping_patience"),
+    ({**BEST, "early_stopping_patience": 0}, "early_stopping_patience"),
+    ({**BEST, "early_stopping_threshold": 0.1}, "early_stopping_threshold"),
+    (
+        {**BEST, "early_stopping_patience": 1, "early_stopping_threshold": -0.1},
+        "early_stopping_threshold",
+    ),
+    ({"test_size": 5, "load_best_model_at_end": True}, "load_best_model_at_end"),
     ({"dataset_mixer_list": ["a", "1"]}, "dataset_name"),
     ({"dataset_mixer": {"a": 1}, "dataset_mixer_list": ["a", 1]}, "dataset_name"),
     ({**ONLY_MIXED, "dataset_mixer": {}}, "dataset_mixer"),
