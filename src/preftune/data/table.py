@@ -240,6 +240,17 @@ class TokenRows(Sequence[TokenizedExample]):
         return self._origins
 
     @property
+    def row_ids(self) -> list[str]:
+        """(rows,)."""
+        return self._table.column("row_id").take(self._positions).to_pylist()
+
+    @property
+    def sources(self) -> list[str]:
+        """(rows,) What each row says it is from, else the name of its dataset."""
+        own = self._table.column("source").take(self._positions).to_pylist()
+        return [s or self._names[at] for s, at in zip(own, self._origins, strict=True)]
+
+    @property
     def prompt_keys(self) -> np.ndarray:
         """(rows,) uint64; rows that share a prompt share it."""
         return self._column("prompt_key")
