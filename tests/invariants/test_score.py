@@ -76,7 +76,7 @@ def test_several_models_and_references_say_what_each_says_alone(root, capsys):
 
 
 def test_an_adapter_is_scored_on_its_base(root):
-    run = train(tiny_config(root, use_lora=True, eval_dataset=root / "pairs.jsonl"))
+    run = train(tiny_config(root, use_lora=True))
     adapter = run.folder.final
     merged = root / "merged"
     assert main(["merge", "--adapter", str(adapter), "--output", str(merged)]) == 0

@@ -1,6 +1,6 @@
 """The configuration of `preftune score`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -128,17 +128,9 @@ def _names_problems(section: ScoringConfig) -> list[Problem]:
         names = getattr(section, key)
         if names == []:
             found.append(Problem(key, names, "it must name a model, or be left out"))
-        found += _twice(key, names or ())
+        if len(set(map(_place, names or ()))) < len(names or ()):
+            found.append(Problem(key, names, "it names a model twice: leave one out"))
     return found
-
-
-def _twice(key: str, names: Sequence[str], known: Iterable[str] = ()) -> list[Problem]:
-    seen = set(map(_place, known))
-    for name in names:
-        if _place(name) in seen:
-            return [Problem(key, name, "that model is named already: leave it out")]
-        seen.add(_place(name))
-    return []
 
 
 def _place(name: str) -> PurePath:
@@ -217,7 +209,10 @@ class ScoreConfig(ComposedConfig, ScoringConfig, ModelConfig, PairsConfig):
 
     def _model_problems(self) -> list[Problem]:
         key = "reference_model_name_or_path"
-        found = _twice("other_models", self.other_models or (), [str(self.model_name_or_path)])
+        found = []
+        if _place(str(self.model_name_or_path)) in map(_place, self.other_models or ()):
+            message = "model_name_or_path is among them: leave it out here"
+            found.append(Problem("other_models", self.other_models, message))
         for names_key in ("other_models", key):
             for name in getattr(self, names_key) or ():
                 found += gguf_problems(self, names_key, name)

@@ -10,7 +10,7 @@ _MOST_SOURCES = 20
 _MOST_LISTED = 5
 """Most pairs of a list that are printed."""
 _TITLES = {"mislabelled": "likely mislabelled", "hard": "too hard", "learnt": "already learnt"}
-_LABEL, _SOURCE, _MODEL = 24, 22, 18
+_LABEL, _SOURCE, _MODEL = 24, 17, 14
 """Widest names, of models alone, and of sources and models side by side."""
 
 
@@ -88,7 +88,11 @@ def _source_tables(summary: ScoreSummary) -> list[str]:
     tables = []
     references = [*dict.fromkeys(held.reference for held in summary.total.rewards)] or [None]
     for reference in references:
-        title = "by source" if reference is None else f"by source, rewards against {reference}"
+        title = (
+            "by source"
+            if reference is None
+            else f"by source, rewards against {_cut(reference, 40)}"
+        )
         header = ["", "", "pairs", "likelier"]
         header += ["matched"] if reference is None else ["accuracy", "matched", "margin"]
         rows = [
