@@ -110,6 +110,10 @@ def test_other_tokens_and_lost_bases_are_refused_before_weights_load(root, capsy
     error = capsys.readouterr().err
     assert "names no base" in error
     assert "loading" not in error
+    lost = {"peft_type": "LORA", "base_model_name_or_path": "/lost"}
+    (adapter / "adapter_config.json").write_text(json.dumps(lost))
+    assert main(["score", *arguments(options(root, other_models=adapter))]) == 2
+    assert f"the base that {adapter} names is '/lost': no such folder" in capsys.readouterr().err
     there = root / "there.jsonl"
     there.write_text("")
     assert main(["score", *arguments(options(root, lists=there))]) == 2

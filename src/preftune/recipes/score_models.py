@@ -72,10 +72,11 @@ def look_at_models(config: ScoreConfig) -> tuple[list[ScoredModel], PreTrainedTo
     models = [_scored(config, name, label, key) for name, label, key in config.models_to_score]
     tokenizer = None
     for model, (_, _, key) in zip(models, config.models_to_score, strict=True):
+        base = None if model.adapter is None else f"the base that {model.name} names"
+        model_commit(model.config, key=base or key)
         if tokenizer is None:  # that of model_name_or_path, which comes first
             tokenizer = prepare_tokenizer(model.config)
         else:
-            model_commit(model.config, key.removesuffix("model_name_or_path"))
             check_same_tokens(model.config, tokenizer, key, model.name)
         _check_adapter(model)
     assert tokenizer is not None
