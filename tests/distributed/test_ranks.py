@@ -55,13 +55,17 @@ def test_the_store_and_the_scores_of_two_ranks_are_the_bytes_of_one(tmp_path):
     kept = ("model_name_or_path", "dataset_name", "mixed_precision", "progress")
     other = tiny_model_folder(tmp_path / "other")
     tiny_model(seed=3).save_pretrained(other)
+    third = tiny_model_folder(tmp_path / "third")
+    tiny_model(seed=4).save_pretrained(third)
     scored = {key: tiny[key] for key in kept}
     scored |= {"reference_model_name_or_path": str(other), "per_device_eval_batch_size": 3}
-    scored |= {"kl_samples": 3, "kl_max_new_tokens": 4}
+    scored |= {"kl_samples": 3, "kl_max_new_tokens": 4, "other_models": [str(third)]}
 
     def options(name: str) -> tuple[dict, dict]:
         place = {"cache_dir": str(tmp_path / name)}
-        return tiny | place, scored | place | {"output": str(tmp_path / f"{name}.parquet")}
+        files = {"output": f"{name}.parquet", "summary": f"{name}.json", "lists": f"{name}.jsonl"}
+        paths = {key: str(tmp_path / file) for key, file in files.items()}
+        return tiny | place, scored | place | paths
 
     to_build, to_score = options("one")
     said = build(ExperimentConfig(**to_build))
@@ -71,7 +75,9 @@ def test_the_store_and_the_scores_of_two_ranks_are_the_bytes_of_one(tmp_path):
     one, two = store_files(tmp_path / "one"), store_files(tmp_path / "two")
     assert len(one) == 3  # two shards and the plan
     assert one == two
-    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    for ending in ("parquet", "json", "jsonl"):
+        ours, theirs = (tmp_path / f"{name}.{ending}" for name in ("one", "two"))
+        assert ours.read_bytes() == theirs.read_bytes()
     expected = [text.replace(f"{tmp_path}/one", f"{tmp_path}/two") for text in (said, summary)]
     for rank in ("0", "1"):
         assert json.loads((tmp_path / rank).read_text()) == expected

@@ -134,8 +134,8 @@ def test_two_ranks_run_a_pipeline(root):
         assert (manifest["status"], manifest["world_size"]) == ("finished", 2)
     assert read_metrics(root / "chain" / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     results = json.loads((root / "chain" / "evaluate" / "results.json").read_text())
-    assert results["num_pairs"] == 5
-    assert results["model"] == str(root / "chain" / "merge" / "model")
+    assert results["total"]["num_pairs"] == 5
+    assert results["models"] == {"model": str(root / "chain" / "merge" / "model")}
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(root):

@@ -59,7 +59,7 @@ CHILD = textwrap.dedent(
     attempt("reference", reference, "reference_logps", start())
     attempt("evaluation", run, "evaluate_pairs", start())
     attempt("training", loop, "train_step", start())  # goes on after step 1
-    attempt("score", scoring, "answer_logps", lambda: scoring.score(ScoreConfig(**scored)))
+    attempt("score", scoring, "score_examples", lambda: scoring.score(ScoreConfig(**scored)))
     start(max_tokens_per_microbatch=2000, eval_strategy="epoch")()
     """
 )

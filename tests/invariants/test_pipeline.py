@@ -51,12 +51,15 @@ def test_each_stage_starts_from_the_one_before(unbroken, lora):
     # Reference and policy are the SFT model: ln 2 at the first step, and some of sft's own words.
     assert read_metrics(chain / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     results = json.loads((chain / "evaluate" / "results.json").read_text())
-    assert results["num_pairs"] == 5
+    assert results["total"]["num_pairs"] == 5
     final = chain / "merge" / "model" if lora else chain / "dpo" / "final"
-    assert results["model"] == str(final)
+    assert list(results["models"].values()) == [str(final)]
     # An adapter is no model by itself: there are no rewards against it.
-    assert results["reference"] == (None if lora else str(chain / "sft" / "final"))
-    assert ("reward_accuracy" in results) == (not lora)
+    references = [] if lora else [str(chain / "sft" / "final")]
+    assert list(results["references"].values()) == references
+    assert len(results["total"]["rewards"]) == len(references)
+    listed = (chain / "evaluate" / "lists.jsonl").read_text().splitlines()
+    assert len(listed) == sum(results["lists"].values())
 
 
 def test_a_finished_stage_is_not_repeated(unbroken):

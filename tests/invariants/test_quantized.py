@@ -200,18 +200,18 @@ def test_an_adapter_over_another_base_than_it_was_trained_over_is_told(tmp_path,
         assert (told in "".join(capsys.readouterr())) is is_told
 
 
-def test_a_quantised_model_is_scored_as_it_would_train(tmp_path, capsys):
+def test_a_quantised_model_is_scored_as_it_would_train(tmp_path):
     settings = tiny_config(tmp_path)
     words = ["--model_name_or_path", str(settings.model_name_or_path), "--load_in_8bit", "true"]
     words += ["--dataset_name", str(settings.dataset_name), "--cache_dir", str(settings.cache_dir)]
+    words += ["--summary", str(tmp_path / "summary.json")]
     assert main(["score", *words, "--mixed_precision", "fp32", "--progress", "none"]) == 0
-    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "summary.json").read_text())["total"]["logps"]["model"]
     expected = plain_sums(
         quantized_by_transformers(tmp_path / "model", EIGHT), tmp_path / "pairs.jsonl"
     )
     for side, value in expected.items():
-        line = next(line for line in said.splitlines() if f"logps/{side}" in line)
-        assert float(line.split()[-1]) == pytest.approx(value, abs=3e-4)
+        assert found[side] == pytest.approx(value, abs=3e-4)
 
 
 # ---------------------------------------------------------------- merging

@@ -47,8 +47,9 @@ def test_rewards_are_those_of_score(tmp_path, other, capsys, layout):
             progress="none",
         )
     )
-    assert before_step_1["rewards/margins"] == pytest.approx(scored.reward_margin, abs=1e-5)
-    assert abs(scored.reward_margin or 0) > 0.01
+    margin = scored.summary.against_reference.rewards.margin
+    assert before_step_1["rewards/margins"] == pytest.approx(margin, abs=1e-5)
+    assert abs(margin) > 0.01
     about = result.manifest["reference_model"]
     assert about == {"name": str(other), "commit": None, "weights": about["weights"]}
     assert about["weights"] != result.manifest["model"]["weights"]

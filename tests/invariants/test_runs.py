@@ -121,15 +121,18 @@ def test_held_out_metrics_equal_those_of_score(tmp_path, capsys):
         "mixed_precision": "fp32",
         "per_device_eval_batch_size": 4,
         "output": tmp_path / "scores.parquet",
+        "summary": tmp_path / "summary.json",
         "progress": "none",
     }
     assert main(["score", *arguments(words)]) == 0
-    printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
-    assert float(printed["rewards/margins (mean)"]) == pytest.approx(
-        last["eval/rewards/margins"], abs=1e-4
-    )
-    assert float(printed["rewards/accuracies"]) == pytest.approx(
-        last["eval/rewards/accuracies"], abs=1e-4
+    summary = json.loads((tmp_path / "summary.json").read_text())["total"]
+    (against,) = summary["rewards"]
+    rewards = against["rewards"]
+    assert rewards["margin"] == pytest.approx(last["eval/rewards/margins"], abs=1e-4)
+    assert rewards["accuracy"] == pytest.approx(last["eval/rewards/accuracies"], abs=1e-4)
+    assert f"{rewards['margin']:.4f}" in capsys.readouterr().out
+    assert summary["num_length_matched"] / summary["num_pairs"] == pytest.approx(
+        last["eval/rewards/length_matched"]
     )
     import pyarrow.parquet as pq
 

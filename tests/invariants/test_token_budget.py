@@ -51,11 +51,11 @@ def test_score_packs_to_the_budget_with_the_same_scores(tmp_path):
         "mixed_precision": "fp32",
     }
     by_rows, by_tokens = (
-        score(ScoreConfig(**common)),
-        score(ScoreConfig(**common, max_tokens_per_microbatch=128)),
+        score(ScoreConfig(**common)).summary.model,
+        score(ScoreConfig(**common, max_tokens_per_microbatch=128)).summary.model,
     )
-    assert by_tokens.logps_chosen == pytest.approx(by_rows.logps_chosen, abs=1e-4)
-    assert by_tokens.logps_rejected == pytest.approx(by_rows.logps_rejected, abs=1e-4)
+    assert by_tokens.chosen == pytest.approx(by_rows.chosen, abs=1e-4)
+    assert by_tokens.rejected == pytest.approx(by_rows.rejected, abs=1e-4)
 
 
 def long_rows(root: Path, num_long: int, words: int = 150) -> Path:

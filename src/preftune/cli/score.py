@@ -6,7 +6,7 @@ from preftune.cli.options import options_or_help
 from preftune.config.score import ScoreConfig
 
 USAGE = "preftune score [CONFIG.yaml] [--key value ...]"
-WHAT = "Log-probs and accuracy of a model on pairs; with a reference model, implicit rewards."
+WHAT = "Log-probs and accuracy of models on pairs; with a reference model, implicit rewards."
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,8 +20,8 @@ def run(argv: Sequence[str]) -> int:
         from preftune.distributed.runtime import is_main_process, leave_process_group
         from preftune.recipes.score import score
 
-        summary = score(config)
+        result = score(config)
         if is_main_process():
-            print(summary)
+            print(result)
         leave_process_group()
     return 0

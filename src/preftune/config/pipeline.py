@@ -39,7 +39,7 @@ _CHOSEN: dict[StageName, tuple[str, ...]] = {
     "sft": ("stage", "output_dir", "resume"),
     "dpo": ("stage", "output_dir", "resume"),
     "merge": ("adapter", "adapter_revision", "output", "model_name_or_path"),
-    "evaluate": (*_MODEL, *TOKENIZER, "output"),
+    "evaluate": (*_MODEL, *TOKENIZER, "output", "summary", "lists"),
 }
 """What the pipeline sets itself."""
 _NEEDED: dict[StageName, tuple[str, ...]] = {
@@ -68,6 +68,7 @@ _SHARED_BY_EVALUATION = (
 """Shared settings that the evaluation takes: where others stand for training, it has its own."""
 RESULTS = "results.json"
 SCORES = "pairs.parquet"
+LISTS = "lists.jsonl"
 MERGED = "model"
 _PIPELINE = "the pipeline"
 
@@ -295,7 +296,8 @@ class _Builder:
                     "output": str(folder / MERGED),
                 }, ()
             case "evaluate":
-                chosen = {"model_name_or_path": self._final_model(), "output": str(folder / SCORES)}
+                chosen = {"model_name_or_path": self._final_model()}
+                chosen |= {"output": str(folder / SCORES), "lists": str(folder / LISTS)}
                 reference = self._plain_start()
                 if reference is not None and "reference_model_name_or_path" not in own:
                     chosen["reference_model_name_or_path"] = reference

@@ -240,6 +240,17 @@ class TokenRows(Sequence[TokenizedExample]):
         return self._origins
 
     @property
+    def row_ids(self) -> list[str]:
+        """(rows,)."""
+        return self._table.column("row_id").take(self._positions).to_pylist()
+
+    @property
+    def sources(self) -> list[str]:
+        """(rows,) What each row says it is from, else the name of its dataset."""
+        own = self._table.column("source").take(self._positions).to_pylist()
+        return [s or self._names[at] for s, at in zip(own, self._origins, strict=True)]
+
+    @property
     def prompt_keys(self) -> np.ndarray:
         """(rows,) uint64; rows that share a prompt share it."""
         return self._column("prompt_key")
@@ -248,12 +259,6 @@ class TokenRows(Sequence[TokenizedExample]):
     def content_keys(self) -> np.ndarray:
         """(rows,) uint64 hash of ids, masks and the label of a lone answer, before any cut."""
         return self._column("content_key")
-
-    @property
-    def sources(self) -> np.ndarray:
-        """(rows,) The name of what each row came from: its own, or else that of its dataset."""
-        own = self._table.column("source").take(self._positions).to_numpy(zero_copy_only=False)
-        return np.where(own == None, np.array(self._names, object)[self._origins], own)  # noqa: E711
 
     @property
     def weights(self) -> np.ndarray:

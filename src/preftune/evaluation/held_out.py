@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from preftune.batching.batcher import RowBatcher
 from preftune.distributed.runtime import Runtime
+from preftune.evaluation.scores import equally_long
 from preftune.losses import PairLogps
 from preftune.metrics import MetricSums
 from preftune.objective import Objective, RowMetric, gathered
 
 Progress = Callable[[int, int], None]
-MATCHED = 0.1
-"""Answers whose lengths differ by at most this part of the longer count as equally long."""
 MOST_SOURCES = 32
 """Of more sources than this, the largest have metrics of their own."""
 
 
-def rows_by_source(sources: np.ndarray) -> dict[str, np.ndarray]:
+def rows_by_source(sources: Sequence[str]) -> dict[str, np.ndarray]:
     """The rows of each source, the largest first; empty where all are of one.
 
     Args:
@@ -30,7 +29,7 @@ def rows_by_source(sources: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         At most `MOST_SOURCES` of them.
     """
-    names, at, counts = np.unique(sources.astype(str), return_inverse=True, return_counts=True)
+    names, at, counts = np.unique(np.array(sources), return_inverse=True, return_counts=True)
     if len(names) == 1:
         return {}
     largest = np.argsort(-counts, kind="stable")[:MOST_SOURCES]
@@ -129,13 +128,12 @@ def length_metrics(
     Returns:
         `rewards/length_correlation`: Pearson's, between reward and length, over all answers; left
         out where one of them does not vary. `rewards/accuracies_length_matched`: accuracy over the
-        pairs whose answers differ in length by at most `MATCHED` of the longer, left out where
-        there is none, and `rewards/length_matched`, the share of such pairs.
+        pairs whose answers are `equally_long`, left out where there is none, and
+        `rewards/length_matched`, the share of such pairs.
     """
     lengths = torch.stack((chosen_lengths, rejected_lengths)).double()
     rewards = torch.stack((chosen_rewards, rejected_rewards)).double()
-    longer, shorter = lengths.max(dim=0).values, lengths.min(dim=0).values
-    matched = longer - shorter <= MATCHED * longer
+    matched = equally_long(chosen_lengths, rejected_lengths)
     metrics = {"rewards/length_matched": float(matched.double().mean())}
     if matched.any():
         right = (rewards[0] > rewards[1])[matched]

@@ -187,18 +187,19 @@ def load_model_config(config: ModelConfig) -> PreTrainedConfig:
     return loaded
 
 
-def model_commit(config: ModelConfig, prefix: str = "") -> str | None:
+def model_commit(config: ModelConfig, prefix: str = "", key: str | None = None) -> str | None:
     """The commit that `model_revision` stands for now; None for a model of this machine.
 
     Args:
         config: names the model.
         prefix: of the options that named it, such as "reference_".
+        key: what named it, where that is no such option.
 
     Raises:
         ModelError: the model cannot be found, or a revision is asked of one without any.
     """
     name = str(config.model_name_or_path)
-    key = f"{prefix}model_name_or_path"
+    key = key or f"{prefix}model_name_or_path"
     check_model_files(name, key)
     if Path(name).expanduser().exists():
         if config.model_revision is not None:

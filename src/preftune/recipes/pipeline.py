@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/sft/, dpo/           runs of `preftune train`, with their checkpoints and final/
     OUTPUT_DIR/merge/model/         the merged model
-    OUTPUT_DIR/evaluate/            results.json, and pairs.parquet with the scores of each pair
+    OUTPUT_DIR/evaluate/            results.json, pairs.parquet (scores of each pair), lists.jsonl
     OUTPUT_DIR/merge|evaluate/stage.json    what the stage was asked for, written before it begins
 
 What is finished is read off these folders each time.
@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,7 +22,7 @@ import torch
 from preftune.config.composed import ComposedConfig
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.merge import MergeConfig
-from preftune.config.pipeline import MERGED, RESULTS, SCORES, TOKENIZER, Pipeline, Stage
+from preftune.config.pipeline import LISTS, MERGED, RESULTS, SCORES, TOKENIZER, Pipeline, Stage
 from preftune.config.score import ScoreConfig
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import CheckpointError, Findings, PreftuneError
@@ -39,6 +38,7 @@ from preftune.recipes.pairs import (
 from preftune.recipes.preflight import look_at_model
 from preftune.recipes.publish import look_at_hub
 from preftune.recipes.score import score
+from preftune.recipes.score_files import write_summary
 from preftune.recipes.train import train
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import (
@@ -194,7 +194,9 @@ def _check_order(stages: Sequence[Stage], states: Sequence[State]) -> None:
 
 def _starts_from(stage: Stage, before: Stage) -> bool:
     inside = f"{before.folder}{os.sep}"
-    return any(str(value).startswith(inside) for value in stage.config.to_dict().values())
+    values = stage.config.to_dict().values()
+    held = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    return any(str(part).startswith(inside) for part in held)
 
 
 def _check_output(stage: Stage) -> None:
@@ -273,18 +275,15 @@ def _run(stage: Stage, runtime: Runtime) -> list[str]:
     if isinstance(config, MergeConfig):
         return [runtime.decide(lambda: merge(config))]
     assert isinstance(config, ScoreConfig)
-    summary = score(config)
-    numbers = {key: value for key, value in asdict(summary).items() if value is not None}
-    numbers["model"] = config.model_name_or_path
-    numbers["reference"] = config.reference_model_name_or_path
-    place = stage.folder / RESULTS
-    runtime.decide(lambda: write_atomically(place, json.dumps(numbers, indent=1) + "\n"))
-    return [*str(summary).splitlines(), f"saved {place}"]
+    result, place = score(config), stage.folder / RESULTS
+    runtime.decide(lambda: write_summary(place, result.summary))
+    return [*str(result).splitlines(), f"saved {place}"]
 
 
 def _prepare(stage: Stage) -> None:
     """Say in its folder what the stage was asked for; what a kill left of it goes."""
     stage.folder.mkdir(parents=True, exist_ok=True)
-    (stage.folder / SCORES).unlink(missing_ok=True)
+    for name in (SCORES, LISTS):
+        (stage.folder / name).unlink(missing_ok=True)
     note = {"made_by": "preftune", "stage": stage.name, "config": as_written(stage.config)}
     write_atomically(stage.folder / NOTE, json.dumps(note, indent=1) + "\n")

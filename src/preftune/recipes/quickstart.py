@@ -14,10 +14,11 @@ from preftune.data.quickstart_pairs import write_quickstart_pairs
 from preftune.distributed.runtime import Runtime, resolve_precision
 from preftune.errors import CheckpointError
 from preftune.evaluation.samples import greedy_answers
+from preftune.evaluation.scores import PairScores
 from preftune.files import write_atomically
 from preftune.model.embedded import NAME, embedded_model
 from preftune.model.load import load_model, load_tokenizer
-from preftune.recipes.score import PairScores, score_examples
+from preftune.recipes.answer_logps import score_examples
 from preftune.recipes.train import train
 from preftune.tracking.progress import ProgressDisplay, ProgressStyle
 from preftune.training.run_folder import check_writable
@@ -180,17 +181,15 @@ def _summarise(
     train_file: Path,
 ) -> QuickstartSummary:
     assert config.beta is not None  # filled by the config
-    chosen = after.scores.chosen - before.scores.chosen
-    rejected = after.scores.rejected - before.scores.rejected
-    margins = config.beta * (chosen - rejected)
+    rewards = after.scores.rewards_against(before.scores, config.beta)
     return QuickstartSummary(
         num_train=manifest["data"]["train"]["num_pairs"],
         num_steps=manifest["steps"],
-        num_held_out=len(margins),
-        likelihood_accuracy_before=before.scores.likelihood_accuracy,
-        likelihood_accuracy_after=after.scores.likelihood_accuracy,
-        reward_accuracy=float((margins > 0).mean()),
-        reward_margin=float(margins.mean()),
+        num_held_out=len(rewards.chosen),
+        likelihood_accuracy_before=before.scores.accuracy,
+        likelihood_accuracy_after=after.scores.accuracy,
+        reward_accuracy=rewards.accuracy,
+        reward_margin=float(rewards.margins.mean()),
         training_seconds=manifest["seconds"],
         samples=[
             {"prompt": p, "before": b, "after": a}

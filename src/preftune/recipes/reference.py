@@ -49,14 +49,29 @@ def pin_reference(
     commit = known or model_commit(reference, "reference_")
     reference.model_revision = commit
     load_model_config(reference)
-    _check_same_tokens(reference, tokenizer)
+    check_same_tokens(
+        reference, tokenizer, "reference_model_name_or_path", str(reference.model_name_or_path)
+    )
     return replace(config, reference_model_revision=commit)
 
 
-def _check_same_tokens(reference: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    name = f"reference_model_name_or_path is {reference.model_name_or_path!r}"
+def check_same_tokens(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, key: str, named: str
+) -> None:
+    """Refuse a model that would score other text than what another one's tokenizer made tokens of.
+
+    Args:
+        model: whose tokenizer is compared.
+        tokenizer: the other one's.
+        key: the option that named the model.
+        named: what the user calls it.
+
+    Raises:
+        ModelError: it has other tokens, or none that can be read.
+    """
+    name = f"{key} is {named!r}"
     try:
-        theirs = load_tokenizer(reference).get_vocab()
+        theirs = load_tokenizer(model).get_vocab()
     except ModelError as error:
         raise ModelError(
             f"{name}: its tokenizer, which must be the policy's, cannot be read ({error}); put the "

@@ -169,7 +169,7 @@ def reads_outside(files):
 def reads_of_members(config):
     """Property or method of a section -> the attributes of the section that it reads."""
     reads = {}
-    for parent in {parent for section in sections(config) for parent in section.__mro__}:
+    for parent in {parent for section in (*sections(config), config) for parent in section.__mro__}:
         if not issubclass(parent, Section) or parent is Section:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body

@@ -435,10 +435,18 @@ def test_a_changed_copy_is_checked_again():
 def test_scoring_settings():
     assert ScoreConfig(**NEEDED).beta is None
     assert ScoreConfig(**NEEDED, reference_model_name_or_path="r").beta == 0.1
+    assert ScoreConfig(**NEEDED, lists="a.jsonl").list_size == 100
     assert ScoreConfig(**NEEDED, forward_layout="separate").forward_layout == "separate"
     bad = {"beta": 0.1, "gradient_checkpointing": True, "disable_dropout": False, "output": "a.csv"}
     bad |= {"per_device_eval_batch_size": 0}
     assert sorted(problem_keys(ScoreConfig, **NEEDED, **bad)) == sorted(bad)
+    bad = {"summary": "a.txt", "lists": "a.json", "list_size": 0, "other_models": []}
+    assert sorted(problem_keys(ScoreConfig, **NEEDED, **bad)) == sorted(bad)
+    assert problem_keys(ScoreConfig, **NEEDED, list_size=3) == ["list_size"]
+    assert problem_keys(ScoreConfig, **NEEDED, other_models=["./a", "a/"]) == ["other_models"]
+    assert problem_keys(ScoreConfig, **NEEDED, other_models=["m"]) == ["other_models"]
+    itself = {"reference_model_name_or_path": "m"}
+    assert problem_keys(ScoreConfig, **NEEDED, **itself) == list(itself)
     assert problem_keys(ScoreConfig, **NEEDED, beta=0.0, reference_model_name_or_path="r") == [
         "beta"
     ]

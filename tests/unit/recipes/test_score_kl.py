@@ -1,6 +1,7 @@
 """The KL divergence that `preftune score` estimates from samples."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ def settings(root, **options) -> dict[str, object]:
 
 def test_a_model_is_not_far_from_itself(tmp_path):
     options = settings(tmp_path, kl_samples=6, kl_max_new_tokens=5)
-    options["reference_model_name_or_path"] = options["model_name_or_path"]
-    summary = score(ScoreConfig(**options))
-    assert summary.kl == pytest.approx(0.0, abs=1e-4)
-    assert "KL, nats an answer         " in str(summary)
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    result = score(ScoreConfig(**options, reference_model_name_or_path=[str(tmp_path / "copy")]))
+    assert result.summary.against_reference.kl == pytest.approx(0.0, abs=1e-4)
+    assert "KL, nats an answer\n" in str(result)
 
 
 def test_the_estimate_is_the_divergence(tmp_path):
@@ -62,7 +63,7 @@ def test_the_estimate_is_the_divergence(tmp_path):
         "kl_samples": 400,
         "kl_max_new_tokens": 1,
     }
-    summary = score(ScoreConfig(**options))
+    summary = score(ScoreConfig(**options)).summary.against_reference
     likely = math.exp(tilt) / (size - 1 + math.exp(tilt))
     expected = math.log(size) - math.log(size - 1 + math.exp(tilt)) + likely * tilt
     assert expected > 0.05
