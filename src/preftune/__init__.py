@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from preftune.config.experiment import ExperimentConfig
     from preftune.data.transforms import DropRow
-    from preftune.recipes.train import train
     from preftune.recipes.score import score
+    from preftune.recipes.train import train
 
 __version__ = "0.1.0"
 __all__ = ["DropRow", "ExperimentConfig", "__version__", "score", "train"]

@@ -11,8 +11,8 @@ import pytest
 
 from preftune.config.score import ScoreConfig
 from preftune.errors import DataError
-from preftune.recipes.train import train
 from preftune.recipes.score import score
+from preftune.recipes.train import train
 from tests.runs import read_metrics, tiny_config
 from tests.tiny import make_pairs, tiny_model, tiny_tokenizer, write_jsonl
 

@@ -22,8 +22,8 @@ def run(argv: Sequence[str]) -> int:
     config = options_or_help(ExperimentConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
         from preftune.distributed.runtime import leave_process_group
-        from preftune.recipes.train import train
         from preftune.recipes.pairs import prepare_data
+        from preftune.recipes.train import train
 
         if config.cache_dataset_only:
             print(prepare_data(config))

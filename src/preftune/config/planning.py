@@ -5,7 +5,7 @@ from pathlib import Path
 
 from preftune.config.experiment import ExperimentConfig
 from preftune.config.gpus import GPUS, known_gpu
-from preftune.config.problem import Problem, below, count
+from preftune.config.problem import Problem, count
 from preftune.config.section import Section
 
 CPU = "cpu"

@@ -56,6 +56,25 @@ class Division:
         """The phase with the most."""
         return max(self.phases, key=lambda held: held.total)
 
+    def beside(self, part: str, size: int) -> "Division":
+        """The same with a part that is there all the time."""
+        if not size:
+            return self
+        phases = [Held(held.name, held.parts | {part: size}) for held in self.phases]
+        return Division(phases, self.host)
+
+    def with_slack(self, share: float) -> "Division":
+        """The same with what an allocator holds beside the tensors of each phase.
+
+        Args:
+            share: of all but weights, which are taken at once and kept.
+        """
+        phases = []
+        for held in self.phases:
+            made = held.total - held.parts.get("weights", 0)
+            phases.append(Held(held.name, held.parts | {"allocator": round(share * made)}))
+        return Division(phases, self.host)
+
 
 def divide(sizes: Sizes, config: PlanConfig) -> Division:
     """Lay a run out over its devices.
@@ -65,13 +84,13 @@ def divide(sizes: Sizes, config: PlanConfig) -> Division:
         config: engine and devices.
     """
     static, host = _static(sizes, config)
-    moving = Counter(_shared_rows(_moving(sizes, config), config))
-    is_step_alone = not config.shards and config.num_processes == 1
-    step = Counter(sizes.step.peak) if is_step_alone else static["step"] + moving
-    if is_step_alone:
-        step["optimizer"] += sizes.update.state
-        # The same as static + moving, but for gradients, which come while activations go.
-        step = Counter({part: size for part, size in step.items() if size})
+    if config.shards:
+        step = static["step"] + Counter(_shared_rows(_moving(sizes, config), config))
+    else:
+        # Gradients come while activations go: the two are not at their most at once.
+        step = Counter(_shared_rows(sizes.step.peak, config))
+        step["optimizer"] += static["step"]["optimizer"]
+        step["buckets"] += static["step"]["buckets"]
         if config.activation_offload:
             step["activations"] = max(0, step["activations"] - sizes.layer_inputs)
     live = sizes.weights if config.sync_reference else 0

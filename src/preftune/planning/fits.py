@@ -49,8 +49,23 @@ def smallest_change(
         except ConfigError:
             continue  # not beside the other settings
         if fits(other):
-            return change
+            return _relaxed(change, config, fits)
     return None
+
+
+def _relaxed(change: Change, config: PlanConfig, fits: Callable[[PlanConfig], bool]) -> Change:
+    """The same with forwards as large as still fit: among other changes they may be larger."""
+    key = "max_tokens_per_microbatch"
+    if key not in change.options or len(change.options) == 1:
+        return change
+    rest = {name: value for name, value in change.options.items() if name != key}
+    larger: list[dict[str, Any]] = [rest]
+    larger += [rest | {key: change.options[key] * factor} for factor in (8, 4, 2)]
+    for options in larger:
+        other = replace(change, options=options)
+        if fits(other.applied(config)):
+            return other
+    return change
 
 
 def changes(config: PlanConfig, positions: int) -> Iterator[Change]:

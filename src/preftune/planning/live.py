@@ -22,7 +22,12 @@ Part: TypeAlias = Literal[
     "weights", "weight copies", "gradients", "optimizer", "activations", "head chunk", "reference"
 ]
 Bytes: TypeAlias = Mapping[str, int]
-_ATTENTION = ("attention", "attn")
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
+BACKWARD = 2.5
+"""Products of attention's backward over those of its forward: five for two."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +145,29 @@ class LiveBytes(TorchDispatchMode):
         self._watched[number] = weakref.ref(storage, gone)
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func._overloadpacket in _ATTENTION:
+            backward = func._overloadpacket is not _ATTENTION[0]
+            query, key, value = (t.shape for t in (args[1:4] if backward else args[:3]))
+            seen = attended(query[-2], key[-2] - query[-2])
+            work = 2 * query[:-2].numel() * seen * (query[-1] + value[-1])
+            self.flops["attention"] += round(work * (BACKWARD if backward else 1))
+            return
         formula = flop_registry.get(func._overloadpacket)
         if formula is None:
             return
         kind = "head" if self._in_head else "other"
-        if any(word in str(func) for word in _ATTENTION):
-            kind = "attention"
         kwargs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
         self.flops[kind] += int(formula(*args, **kwargs, out_val=result))
+
+
+def attended(own: int, prefix: int) -> float:
+    """How many pairs of a query and a key that it sees a span has.
+
+    Args:
+        own: tokens of the span, each of which sees those before it.
+        prefix: tokens before the span that all of them see.
+    """
+    return own * prefix + own * own / 2
 
 
 def storages_of(tensors: Iterable[Tensor]) -> int:

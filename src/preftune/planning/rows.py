@@ -41,7 +41,9 @@ class PlannedRows:
         return self.sizes.lengths.sum(axis=1)
 
 
-def of_dataset(examples: Sequence[TokenizedExample], sizes: RowSizes, scored: np.ndarray) -> PlannedRows:
+def of_dataset(
+    examples: Sequence[TokenizedExample], sizes: RowSizes, scored: np.ndarray
+) -> PlannedRows:
     """The rows of a dataset.
 
     Args:

@@ -43,14 +43,15 @@ def _parameters(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     config, fullest = plan.config, plan.division.fullest
-    rows = len(plan.heaviest.rows)
+    rows, forwards = len(plan.heaviest.rows), plan.heaviest.num_in_step
     number = config.num_processes
     devices = f"{number} x {plan.place.name}" if number > 1 else plan.place.name
     lines = [
         f"devices     {devices}, {_gib(plan.place.memory)} GiB each, {config.engine}, "
         f"{plan.place.precision} products",
-        f"heaviest    {plan.heaviest.positions:,} tokens in {rows} row{'s' * (rows > 1)} a forward; "
-        f"{plan.heaviest.num_in_step} forward{'s' * (plan.heaviest.num_in_step > 1)} a step",
+        f"heaviest    {plan.heaviest.positions:,} tokens in {rows} row{'s' * (rows > 1)} "
+        "a forward; "
+        f"{forwards} forward{'s' * (forwards > 1)} a step",
         "",
         f"memory of a device, in GiB, at its most ({fullest.name}):",
     ]
@@ -64,10 +65,10 @@ def _memory(plan: Plan) -> list[str]:
     if plan.division.host:
         host = ", ".join(f"{name} {_gib(size)}" for name, size in plan.division.host.items())
         lines.append(fill(f"in the memory of each host: {host}", _WIDTH))
-    assumed = "measured: this process before it planned"
+    assumed = "process is measured, in this one; allocator is a tenth of what is not weights"
     if plan.place.is_gpu:
-        assumed = "assumed: 0.6 GiB of CUDA, and 5 % that the allocator holds beside tensors"
-    return [*lines, fill(f"process is {assumed}", _WIDTH)]
+        assumed = "process (CUDA) and allocator (5 % of what is not weights) are assumed"
+    return [*lines, fill(assumed, _WIDTH)]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -102,7 +103,11 @@ def _verdict(plan: Plan, change: Change | None) -> list[str]:
     lines = [f"does not fit: {takes} of {there} GiB"]
     if change is None:
         return [*lines, "nothing that preftune knows makes it fit on such devices"]
-    return [*lines, "the smallest change that makes it fit (" + change.costs + "):", f"  {change.flags}"]
+    return [
+        *lines,
+        "the smallest change that makes it fit (" + change.costs + "):",
+        f"  {change.flags}",
+    ]
 
 
 def as_dict(plan: Plan, change: Change | None) -> dict[str, Any]:

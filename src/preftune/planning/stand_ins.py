@@ -16,7 +16,7 @@ from transformers.integrations import moe
 from preftune.batching.layout import Segments
 from preftune.batching.segment_arrays import varlen_arrays
 from preftune.config.model import ModelConfig
-from preftune.model import forward
+from preftune.model import forward, logprob_head
 from preftune.model.attention import LayerCall
 from preftune.model.attention_rules import shared
 from preftune.model.quantization import BLOCK, names_to_quantize
@@ -71,7 +71,9 @@ class PackedLinear(nn.Linear):
     (4 bits), and PEFT copies what it gives.
     """
 
-    def __init__(self, layer: nn.Module, shape: torch.Size, config: ModelConfig, dtype: Any) -> None:
+    def __init__(
+        self, layer: nn.Module, shape: torch.Size, config: ModelConfig, dtype: Any
+    ) -> None:
         """Take the place of a layer.
 
         Args:
@@ -171,8 +173,14 @@ AttentionInterface.register(FUSED_ATTENTION, _fused)
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
-    """Let experts of a mixture multiply by an operator that needs to know shapes alone."""
-    with _swapped(moe, "_can_use_grouped_mm", lambda *_: False):
+    """Let the model run on shapes: experts of a mixture by an operator that needs no more.
+
+    The head is recognised by its class alone: its weight is no plain tensor here.
+    """
+    with (
+        _swapped(moe, "_can_use_grouped_mm", lambda *_: False),
+        _swapped(logprob_head, "_is_plain_linear", lambda head: type(head) is nn.Linear),
+    ):
         yield
 
 

@@ -18,7 +18,12 @@ from preftune.model.adapter_files import adapted_layers
 from preftune.model.adapters import inject, peft_config, skeleton
 from preftune.model.attention import REGISTERED
 from preftune.model.forward import PolicyModel, pair_logps
-from preftune.model.load import DTYPES, load_model_config
+from preftune.model.load import (
+    DTYPES,
+    load_model_config,
+    zero_dropout,
+    zero_dropout_modules,
+)
 from preftune.model.quantization import names_to_quantize
 from preftune.planning.stand_ins import FUSED_ATTENTION, pack, without_numbers
 
@@ -70,11 +75,15 @@ def plan_model(
         ModelError: the architecture cannot be made or read.
     """
     model_config = load_model_config(config)
+    if config.disable_dropout:
+        zero_dropout(model_config)
     name = str(config.model_name_or_path)
     try:
         model = skeleton(model_config, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a model's own code does
         raise ModelError(f"model_name_or_path is {name!r}: {error}") from error
+    if config.disable_dropout:
+        zero_dropout_modules(model)
     total = sum(p.numel() for p in model.parameters())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     quantized = 0

@@ -16,8 +16,8 @@ from preftune.distributed.engine import TorchEngine
 from preftune.model.forward import pair_logps
 from preftune.model.logprob_head import head_chunk_size
 from preftune.objective import Objective
-from preftune.planning.live import LiveBytes, storages_of
-from preftune.planning.stand_ins import head_told
+from preftune.planning.live import BACKWARD, LiveBytes, attended, storages_of
+from preftune.planning.stand_ins import FUSED_ATTENTION, head_told
 from preftune.planning.weights import PlannedModel
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -99,8 +99,27 @@ def training_work(
         planned.compute(run)
     for parameter in trained:
         parameter.grad = None
+    if policy.model.config._attn_implementation == FUSED_ATTENTION:
+        live.flops["attention"] += _fused_flops(planned, micro_batch.layout)
     apart = ("weights", "gradients")
     return Work(live.peak(), live.peak(without=apart), dict(live.flops))
+
+
+def _fused_flops(planned: PlannedModel, layout: PairLayout) -> int:
+    """Arithmetic of attention whose kernel is stood in for, from the calls of its layers."""
+    text = planned.policy.model.config.get_text_config()
+    total = 0.0
+    for block in layout.blocks:
+        if block.segments is None:
+            continue
+        seen = sum(
+            attended(s.stop - s.start, s.prefix_stop - s.prefix_start) for s in block.segments.spans
+        )
+        calls = block.segments.calls
+        forwards = [2 * text.num_attention_heads * seen * (c.head_dim + c.value_dim) for c in calls]
+        # The calls after the first of each layer are the recomputed ones.
+        total += sum(forwards) + BACKWARD * sum(forwards[: text.num_hidden_layers])
+    return round(total)
 
 
 def scoring_work(planned: PlannedModel, layout: PairLayout) -> Work:
@@ -148,7 +167,7 @@ def update_work(planned: PlannedModel, make: MakeOptimizer, name: str) -> Update
     times: Counter[Any] = Counter()
     chosen: dict[Any, nn.Parameter] = {}
     one_of_each = nn.Module()
-    for number, (parameter_name, parameter) in enumerate(trained):
+    for parameter_name, parameter in trained:
         key = (tuple(parameter.shape), parameter.dtype, _role(planned.policy, parameter_name, name))
         times[key] += 1
         if key not in chosen:
@@ -164,8 +183,8 @@ def update_work(planned: PlannedModel, make: MakeOptimizer, name: str) -> Update
             parameter.grad = torch.zeros_like(parameter)
         live.hold("gradients", [p.grad for p in chosen.values() if p.grad is not None])
         live.hold("weights", chosen.values())
-        setattr(optimizer, "found_inf", torch.zeros(()))
-        setattr(optimizer, "grad_scale", None)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.grad_scale = None
         with live:
             optimizer.step()
         for key, parameter in chosen.items():

@@ -15,7 +15,6 @@ from preftune.data.transforms import load_transforms
 from preftune.distributed.runtime import resolve_precision
 from preftune.distributed.sequence import num_groups
 from preftune.errors import Findings
-from preftune.recipes.train import count_steps
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.pairs import Pairs, describe_counts, load_experiment_pairs, over_budget
 from preftune.recipes.preflight import (
@@ -24,6 +23,7 @@ from preftune.recipes.preflight import (
     look_at_output,
     slow_settings,
 )
+from preftune.recipes.train import count_steps
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import RunStart, check_writable
 

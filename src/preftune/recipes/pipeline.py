@@ -30,7 +30,6 @@ from preftune.errors import CheckpointError, Findings, PreftuneError
 from preftune.files import hold_alone, write_atomically
 from preftune.model.adapter_files import adapter_folder
 from preftune.model.load import check_model_files
-from preftune.recipes.train import train
 from preftune.recipes.merge import merge
 from preftune.recipes.pairs import (
     load_dataset_pairs,
@@ -39,6 +38,7 @@ from preftune.recipes.pairs import (
 )
 from preftune.recipes.preflight import look_at_model
 from preftune.recipes.score import score
+from preftune.recipes.train import train
 from preftune.redaction import redacted_values
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import RunFolder, check_writable, plan_start

@@ -12,21 +12,28 @@ from preftune.batching.layout import Layout, build_layout
 from preftune.batching.micro_batches import sorted_batches
 from preftune.batching.sampler import PairSampler
 from preftune.config.gpus import known_gpu
-from preftune.config.planning import CPU, PlanConfig
 from preftune.config.lora import LoRAConfig
+from preftune.config.planning import CPU, PlanConfig
 from preftune.data.chat import set_chat_template
 from preftune.distributed.delivery import repeated_layers
 from preftune.distributed.runtime import AUTOCAST, Precision, resolve_precision
-from preftune.errors import ConfigError, DataError, ModelError
-from preftune.model.load import load_model_config, load_tokenizer
+from preftune.errors import DataError, ModelError
+from preftune.model.load import DTYPES, load_model_config, load_tokenizer
 from preftune.model.logprob_head import chunk_memory
+from preftune.model.quantization import loading_options
 from preftune.model.rope import longest_sequence
 from preftune.objective import objective_of
 from preftune.planning.disk import disk_of
 from preftune.planning.engines import Division, Sizes, divide
 from preftune.planning.fits import Change, smallest_change
 from preftune.planning.live import storages_of
-from preftune.planning.process import CUDA_CONTEXT, SLACK, resident_bytes
+from preftune.planning.process import (
+    CUDA_CONTEXT,
+    GPU_SLACK,
+    HEAP_SLACK,
+    mapped_bytes,
+    working_bytes,
+)
 from preftune.planning.rate import arithmetic_of, duration
 from preftune.planning.result import Place, Plan
 from preftune.planning.rows import Heaviest, PlannedRows, heaviest_of, of_dataset, worst_case
@@ -62,13 +69,23 @@ def plan(config: PlanConfig) -> tuple[Plan, Change | None]:
         PreftuneError: the configuration, the model or the data is wrong.
     """
     rows, notes = _rows(config)
-    found = _planned(config, rows, notes)
+    base = _base(config)
+    found = _planned(config, rows, base, notes)
     if found.fits:
         return found, None
     change = smallest_change(
-        config, lambda other: _planned(other, rows, []).fits, found.heaviest.positions
+        config, lambda other: _planned(other, rows, base, []).fits, found.heaviest.positions
     )
     return found, change
+
+
+def _base(config: PlanConfig) -> int:
+    """Bytes of a process before it loads a model, with the packages that the run will load."""
+    if config.use_lora:
+        import peft  # noqa: F401
+    if config.is_quantized:
+        loading_options(config, None)
+    return working_bytes(AUTOCAST[place_of(config).precision])
 
 
 def _rows(config: PlanConfig) -> tuple[PlannedRows, list[str]]:
@@ -114,9 +131,10 @@ def _assumed(config: PlanConfig, context: int | None, error: Exception) -> str:
     )
 
 
-def _planned(config: PlanConfig, rows: PlannedRows, notes: Sequence[str]) -> Plan:
+def _planned(config: PlanConfig, rows: PlannedRows, base: int, notes: Sequence[str]) -> Plan:
     place, notes = place_of(config), list(notes)
     products = AUTOCAST[place.precision]
+    process = CUDA_CONTEXT if place.is_gpu else base
     model = plan_model(config, config, products=products)
     layout_name = _lay_out(config, model, rows, place, notes)
     shares = config.num_processes // config.sequence_parallel_size
@@ -127,17 +145,26 @@ def _planned(config: PlanConfig, rows: PlannedRows, notes: Sequence[str]) -> Pla
     layout = Layout(layout_name, model.policy.limits, config.ld_alpha, config.scores_prompt)
     sizes, work = _sizes(config, model, rows, heaviest, layout, place)
     division = divide(sizes, config)
-    process = resident_bytes()
-    if place.is_gpu:
-        process = CUDA_CONTEXT + round(SLACK * division.fullest.total)
-    elif config.checkpointing_steps is not None and config.checkpoint_async:
+    if not place.is_gpu and config.checkpointing_steps is not None and config.checkpoint_async:
         division = _with_copy(division, sizes, config, num_steps)
+    division = division.with_slack(GPU_SLACK if place.is_gpu else HEAP_SLACK)
+    if not place.is_gpu:
+        division = division.beside("model file", _left_mapped(config, model))
     arithmetic = arithmetic_of(work, rows, heaviest.rows, heaviest.positions)
     time = duration(config, arithmetic, rows, rows_a_step=batch, num_steps=num_steps)
     disk = disk_of(config, model, sizes, rows)
     return Plan(
-        config, place, model.parameters, rows, heaviest, division, process, time, disk, num_steps,
-        notes,
+        config=config,
+        place=place,
+        parameters=model.parameters,
+        rows=rows,
+        heaviest=heaviest,
+        division=division,
+        process=process,
+        duration=time,
+        disk=disk,
+        num_steps=num_steps,
+        notes=notes,
     )
 
 
@@ -263,6 +290,20 @@ def _own_reference(config: PlanConfig, products: torch.dtype | None) -> int:
         return 0
     policy = plan_model(other, LoRAConfig(), products=products).policy
     return storages_of([*policy.parameters(), *policy.buffers()])
+
+
+def _left_mapped(config: PlanConfig, model: PlannedModel) -> int:
+    """Of a quantised model on a CPU, the pages of its file that other weights keep mapped.
+
+    Weights that stay in their file's type are the file's pages, until they are written to; the file
+    then is mapped whole, also where weights were quantised from it. Linux takes such pages back.
+    """
+    source = getattr(load_model_config(config), "dtype", None) or torch.float32
+    if not config.is_quantized or source != DTYPES[config.dtype]:
+        return 0
+    file = mapped_bytes(Path(str(config.model_name_or_path)).expanduser())
+    kept = (p for p in model.policy.parameters() if p.is_floating_point() and not p.requires_grad)
+    return max(0, file - storages_of(kept))
 
 
 def _with_copy(

@@ -17,8 +17,8 @@ from preftune.evaluation.samples import greedy_answers
 from preftune.files import write_atomically
 from preftune.model.embedded import NAME, embedded_model
 from preftune.model.load import load_model, load_tokenizer
-from preftune.recipes.train import train
 from preftune.recipes.score import PairScores, score_examples
+from preftune.recipes.train import train
 from preftune.tracking.progress import ProgressDisplay, ProgressStyle
 from preftune.training.run_folder import check_writable
 
