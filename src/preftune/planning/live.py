@@ -26,6 +26,8 @@ _ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
 )
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+"""Operators that PyTorch's table of arithmetic has under another name."""
 BACKWARD = 2.5
 """Products of attention's backward over those of its forward: five for two."""
 
@@ -152,7 +154,8 @@ class LiveBytes(TorchDispatchMode):
             work = 2 * query[:-2].numel() * seen * (query[-1] + value[-1])
             self.flops["attention"] += round(work * (BACKWARD if backward else 1))
             return
-        formula = flop_registry.get(func._overloadpacket)
+        operator = func._overloadpacket
+        formula = flop_registry.get(_IN_PLACE.get(operator, operator))
         if formula is None:
             return
         kind = "head" if self._in_head else "other"

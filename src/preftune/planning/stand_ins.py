@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_impls import register_op_impl
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations import moe
 
 from preftune.batching.layout import Segments
 from preftune.batching.segment_arrays import varlen_arrays
@@ -168,19 +168,34 @@ def _fused(
 AttentionInterface.register(FUSED_ATTENTION, _fused)
 
 
+# ---------------------------------------------------------------- experts of a mixture
+
+
+@register_op_impl(torch.ops.aten._grouped_mm.default)
+def _grouped_product(
+    mode: Any, func: Any, left: Tensor, right: Tensor, offs: Any = None, *rest: Any
+) -> Tensor:
+    """Shapes of a grouped product in any type; PyTorch's own check refuses all but bf16."""
+    if left.dim() == 2 and right.dim() == 2:  # a weight's gradient, expert by expert
+        shape = (len(offs), left.shape[0], right.shape[1])
+    elif left.dim() == 2:
+        shape = (left.shape[0], right.shape[2])
+    else:
+        shape = (*left.shape[:-1], right.shape[-1])
+    with mode:
+        return left.new_empty(shape)
+
+
 # ---------------------------------------------------------------- while a step is planned
 
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
-    """Let the model run on shapes: experts of a mixture by an operator that needs no more.
+    """Let the model run on shapes.
 
     The head is recognised by its class alone: its weight is no plain tensor here.
     """
-    with (
-        _swapped(moe, "_can_use_grouped_mm", lambda *_: False),
-        _swapped(logprob_head, "_is_plain_linear", lambda head: type(head) is nn.Linear),
-    ):
+    with _swapped(logprob_head, "_is_plain_linear", lambda head: type(head) is nn.Linear):
         yield
 
 
