@@ -178,7 +178,7 @@ def update_work(planned: PlannedModel, make: MakeOptimizer, name: str) -> Update
     states: dict[Any, int] = {}
 
     def run() -> None:
-        optimizer = make(one_of_each if name != "muon" else planned.policy)
+        optimizer: Any = make(one_of_each if name != "muon" else planned.policy)
         for parameter in chosen.values():
             parameter.grad = torch.zeros_like(parameter)
         live.hold("gradients", [p.grad for p in chosen.values() if p.grad is not None])
