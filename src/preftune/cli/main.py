@@ -18,6 +18,7 @@ from preftune.redaction import redacted
 COMMANDS = {
     "train": "train a policy on pairs of answers, or by supervised fine-tuning",
     "check": "check configuration and data without loading weights",
+    "plan": "parameters, memory, time and disk of a run, before anything loads",
     "score": "log-probs and accuracy of models on pairs, and lists of odd pairs",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "export": "write the weights of a checkpoint as a Hugging Face model",

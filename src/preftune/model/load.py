@@ -237,7 +237,7 @@ def load_model(
     check_model_files(name)
     model_config = load_model_config(config)
     source_dtype = getattr(model_config, "dtype", None) or torch.float32
-    zeroed = _zero_dropout(model_config) if config.disable_dropout else {}
+    zeroed = zero_dropout(model_config) if config.disable_dropout else {}
     path, options = _model_location(config)
     options |= _placing(config, device, products)
     try:
@@ -262,7 +262,7 @@ def load_model(
     if "gguf_file" in options:
         model, source_dtype = _without_gguf_marks(model), torch.float32
     if config.disable_dropout:
-        _zero_dropout_modules(model)
+        zero_dropout_modules(model)
     nn.Module.to(model, device)
     if config.is_quantized:
         make_right(model)
@@ -422,7 +422,8 @@ def dropout_settings(config: Any) -> dict[str, float]:
     }
 
 
-def _zero_dropout(config: Any) -> dict[str, float]:
+def zero_dropout(config: Any) -> dict[str, float]:
+    """Set the dropout fields of an architecture's config to 0; gives what they were."""
     # Attention reads its dropout from the config, not from an nn.Dropout module, so both are set.
     zeroed = dropout_settings(config)
     for key in zeroed:
@@ -430,7 +431,8 @@ def _zero_dropout(config: Any) -> dict[str, float]:
     return zeroed
 
 
-def _zero_dropout_modules(model: nn.Module) -> None:
+def zero_dropout_modules(model: nn.Module) -> None:
+    """Let a model's modules drop nothing."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
