@@ -192,7 +192,7 @@ def test_a_run_that_gets_no_better_stops_and_stays_finished(plain, tmp_path, pat
     assert result.manifest["status"] == "finished"
     assert result.manifest["early_stopping"]["step"] == result.manifest["final_step"] == last
     assert f"stopped early, after step {last} of 4: eval/loss was not" in capsys.readouterr().err
-    assert f"Steps: {last}," in (run / "final" / "README.md").read_text()
+    assert f"| Steps | {last}, " in (run / "final" / "README.md").read_text()
     # Killed before final/ was written, and before the checkpoint of the last step was.
     metrics, final = read_metrics(run), (run / "final" / "model.safetensors").read_bytes()
     for after in (last, last - 1):

@@ -125,7 +125,7 @@ class _LiveView(Progress):
     def __init__(self, console: Console) -> None:
         self.values = ""
         # A stage's name may be a file's: the bar and the numbers stay readable beside it.
-        name = Column(max_width=max(20, console.width // 4), no_wrap=True, overflow="ellipsis")
+        name = Column(max_width=console.width // 4, no_wrap=True, overflow="ellipsis")
         as_it_is = Column(no_wrap=True)
         is_wide = console.width > WIDE
         super().__init__(

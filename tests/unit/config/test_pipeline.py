@@ -54,7 +54,7 @@ def test_whole_weights_go_from_stage_to_stage(tmp_path):
         "chain/sft/final",
         "chain/dpo/final",
     ]
-    assert of["evaluate"]["reference_model_name_or_path"] == "chain/sft/final"
+    assert of["evaluate"]["reference_model_name_or_path"] == ["chain/sft/final"]
     assert (of["sft"]["learning_rate"], of["dpo"]["learning_rate"]) == (1e-5, 5e-7)
     assert of["sft"]["seed"] == of["dpo"]["seed"] == 3
     assert [of[name]["max_length"] for name in of] == [100, 100, 100]
@@ -77,7 +77,7 @@ def test_an_adapter_goes_on_over_the_same_base(tmp_path):
     assert of["merge"]["output"] == of["evaluate"]["model_name_or_path"] == "chain/merge/model"
     assert of["merge"]["save_dtype"] == "bfloat16"
     assert "model_name_or_path" not in of["merge"]  # the adapter's files name base and revision
-    assert of["evaluate"]["reference_model_name_or_path"] == "base"
+    assert of["evaluate"]["reference_model_name_or_path"] == ["base"]
 
 
 def test_a_stage_may_be_missing(tmp_path):
@@ -85,7 +85,7 @@ def test_a_stage_may_be_missing(tmp_path):
     (stage,) = read(tmp_path, alone).stages
     assert stage.training.model_name_or_path == "base"
     more = read(tmp_path, alone + "  evaluate: {dataset_name: e}\n")
-    assert settings(more)["evaluate"]["reference_model_name_or_path"] == "base"
+    assert settings(more)["evaluate"]["reference_model_name_or_path"] == ["base"]
 
 
 MISTAKES = {
