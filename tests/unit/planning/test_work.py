@@ -97,7 +97,7 @@ def real_peak(config: ExperimentConfig, products: torch.dtype | None) -> dict[st
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("products", [None, torch.bfloat16])
+@pytest.mark.parametrize("products", [torch.bfloat16, pytest.param(None, marks=pytest.mark.slow)])
 def test_without_numbers_it_holds_what_it_holds_with_them(folder_of, name, options, products):
     settings = dict(OPTIONS[options])
     if name == "mixtral" and "use_lora" in settings:
