@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from preftune.config.gpus import known_gpu
 from preftune.config.planning import CPU, PlanConfig
 from preftune.planning.rows import PlannedRows
@@ -109,8 +107,3 @@ def _measured(run: str) -> float:
     lines = (Path(run).expanduser() / "metrics.jsonl").read_text("utf-8").splitlines()
     found = [json.loads(line).get("perf/tokens_per_second") for line in lines]
     return median(rate for rate in found if rate)
-
-
-def pairs_of(rows: PlannedRows, chosen: list[int]) -> float:
-    """Queries times keys of some rows."""
-    return float(np.sum(rows.attention_pairs[chosen]))

@@ -97,7 +97,7 @@ def real_peak(config: ExperimentConfig, products: torch.dtype | None) -> dict[st
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("products", [None, torch.bfloat16])
+@pytest.mark.parametrize("products", [torch.bfloat16, pytest.param(None, marks=pytest.mark.slow)])
 def test_without_numbers_it_holds_what_it_holds_with_them(folder_of, name, options, products):
     settings = dict(OPTIONS[options])
     if name == "mixtral" and "use_lora" in settings:
@@ -131,7 +131,7 @@ def flops_of(folder: Path, **options: Any) -> dict[str, int]:
     return training_work(planned, objective, batch(range(6)), **once).flops
 
 
-def test_arithmetic_by_hand_and_a_third_more_with_checkpointing(folder_of):
+def test_arithmetic_by_hand_and_what_checkpointing_adds(folder_of):
     plain = flops_of(folder_of("llama"))
     layout = batcher().lay_out(range(6)).layout
     tokens, scored = layout.num_tokens, sum(int(b.lengths.sum()) for b in layout.blocks)
@@ -141,7 +141,9 @@ def test_arithmetic_by_hand_and_a_third_more_with_checkpointing(folder_of):
     # Logits once more in the backward.
     assert plain["head"] == 8 * 300 * 64 * scored
     again = flops_of(folder_of("llama"), gradient_checkpointing=True)
-    assert again["other"] / plain["other"] == pytest.approx(4 / 3, rel=0.01)
+    # All but a layer's last product: PyTorch stops when it has what the backward needs.
+    twice = weights - 3 * 64 * 128
+    assert again["other"] / plain["other"] == pytest.approx((3 * weights + twice) / (3 * weights))
     assert again["attention"] / plain["attention"] == pytest.approx(4.5 / 3.5, rel=0.01)
     assert again["head"] == plain["head"]
 
