@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a policy on pairs of answers, or by supervised fine-tuning",
     "check": "check configuration and data without loading weights",
     "score": "log-probs and accuracy of a model on pairs",
+    "evaluate": "evaluation jobs and win rate: trained model against base",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "export": "write the weights of a checkpoint as a Hugging Face model",
     "merge": "add a LoRA adapter to its base, and write a plain model",
