@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from preftune.config.composed import ComposedConfig
-from preftune.config.jobs import JobsConfig
+from preftune.config.jobs import YAML_OPTIONS, JobsConfig
 from preftune.config.logging import Progress
 from preftune.config.problem import Problem, count, listed
 from preftune.config.section import Section
@@ -130,6 +130,8 @@ def _form_problems(section: JudgeConfig) -> list[Problem]:
 @dataclass(kw_only=True)
 class EvaluateConfig(ComposedConfig, EvaluatingConfig, JobsConfig, JudgeConfig):
     """Everything `preftune evaluate` needs besides what it evaluates."""
+
+    yaml_options = YAML_OPTIONS
 
     def cross_problems(self) -> list[Problem]:
         """Settings that contradict each other."""

@@ -10,7 +10,7 @@ from preftune.config.distributed import DistributedConfig
 from preftune.config.dpo import ONLY_WITH_PAIRS, DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
-from preftune.config.jobs import RUNS_TASKS, JobsConfig
+from preftune.config.jobs import RUNS_TASKS, YAML_OPTIONS, JobsConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig, another_model, gguf_problems
@@ -50,6 +50,7 @@ class ExperimentConfig(
     """
 
     takes_presets = True
+    yaml_options = YAML_OPTIONS
 
     @property
     def reference_model(self) -> ModelConfig | None:

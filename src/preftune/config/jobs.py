@@ -30,6 +30,8 @@ OF_BEAKER = (
     "beaker_gpus",
     "beaker_hf_secret",
 )
+YAML_OPTIONS = ("eval_tasks",)
+"""Lists whose words may be paths of .yaml files."""
 PLACES = ("model", "base", "output", "run")
 """What `eval_command` may name in braces."""
 

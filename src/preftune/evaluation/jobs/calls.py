@@ -52,7 +52,7 @@ class Call:
             tasks: see the field.
         """
         text = json.dumps([dict(key), dict(tasks)], sort_keys=True)
-        return cls(root / f"{side}-{xxhash.xxh3_64_hexdigest(text)}", key, tasks)
+        return cls(root / f"{side}-{xxhash.xxh3_64_hexdigest(text.encode())}", key, tasks)
 
     @property
     def output(self) -> Path:

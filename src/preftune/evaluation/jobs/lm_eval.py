@@ -119,9 +119,9 @@ def _file_digest(path: str) -> str:
     for text in _texts(_read_task(path)):
         named = [Path(text).expanduser(), file.parent / text]
         files |= {p for p in named if len(text) < 1024 and p.is_file()}
-    digest = xxhash.xxh3_128(str(file.name))
+    digest = xxhash.xxh3_128(file.name.encode())
     for one in sorted(files):
-        digest.update(f"|{one.name}|")
+        digest.update(f"|{one.name}|".encode())
         digest.update(xxhash.xxh3_128_digest(one.read_bytes()))
     return digest.hexdigest()
 

@@ -64,9 +64,9 @@ class Subject:
         Raises:
             ModelError: it cannot be found.
         """
-        digest = xxhash.xxh3_128(_digest(self.model, self.revision))
+        digest = xxhash.xxh3_128(_digest(self.model, self.revision).encode())
         if self.adapter is not None:
-            digest.update("|adapter|" + _digest(self.adapter, self.adapter_revision))
+            digest.update(f"|adapter|{_digest(self.adapter, self.adapter_revision)}".encode())
         if self.tokenizer is not None:
             files = sorted(Path(self.tokenizer).expanduser().glob("*"))
             _add_files(digest, [f for f in files if "token" in f.name or f.suffix == ".jinja"])
@@ -106,13 +106,13 @@ def _digest(name: str, revision: str | None) -> str:
         _add_files(digest, [path])
     else:
         commit = model_commit(ModelConfig(model_name_or_path=name, model_revision=revision))
-        digest.update(f"{name}@{commit}")
+        digest.update(f"{name}@{commit}".encode())
     return digest.hexdigest()
 
 
 def _add_files(digest: xxhash.xxh3_128, files: list[Path]) -> None:
     for file in files:
-        digest.update(f"|{file.name}|{file.stat().st_size}|")
+        digest.update(f"|{file.name}|{file.stat().st_size}|".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
