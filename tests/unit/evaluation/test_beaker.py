@@ -51,9 +51,8 @@ def test_the_specification(beaker):
 def test_a_dry_run_needs_no_credentials_and_a_submission_does(beaker, tmp_path, monkeypatch):
     monkeypatch.delenv("BEAKER_TOKEN", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(
-        importlib.import_module("beaker.config").Config, "find_config", lambda: None
-    )
+    settings = importlib.import_module("beaker.config").Config
+    monkeypatch.setattr(settings, "find_config", lambda: None)
     model = str(tiny_model_folder(tmp_path / "model"))
     options = OPTIONS | {"hub_repo_id": "org/model", "output": str(tmp_path / "out")}
     text = evaluate(EvaluateConfig(**options, dry_run=True), model)
