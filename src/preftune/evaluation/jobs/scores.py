@@ -54,7 +54,7 @@ class Comparison:
 
 
 def compare(job: str, base: Iterable[Score], trained: Iterable[Score]) -> list[Comparison]:
-    """Bring the numbers of two models together, in the order in which the job gave them.
+    """Bring the numbers of two models together, by name of task; metrics in the job's order.
 
     Args:
         job: its name.
@@ -63,7 +63,7 @@ def compare(job: str, base: Iterable[Score], trained: Iterable[Score]) -> list[C
     """
     sides = [{(s.task, s.metric): s for s in scores} for scores in (base, trained)]
     rows = []
-    for key in dict.fromkeys([*sides[1], *sides[0]]):
+    for key in sorted(dict.fromkeys([*sides[1], *sides[0]]), key=lambda key: key[0]):
         found = [side.get(key) for side in sides]
         known = next(score for score in reversed(found) if score is not None)
         both = [s and Side(s.value, s.stderr, s.file) for s in found]
