@@ -404,3 +404,10 @@ def test_a_missing_file_a_folder_and_two_files_are_refused(read, tmp_path):
         read("a.yaml", "b.yaml")
     with pytest.raises(ConfigError, match=r"'a\.yaml' belongs to no option"):
         parse_config(QuickstartConfig, ["a.yaml"], allow_file=False)
+
+
+def test_a_list_of_tasks_may_hold_yaml_files_behind_the_config_file(read):
+    options = ("--eval_jobs", "lm_eval", "--eval_tasks", "arc_easy", "mine.yaml", "b.yaml")
+    config = read(*options, "--seed", "3", yaml="beta: 0.7\n")
+    assert config.eval_tasks == ["arc_easy", "mine.yaml", "b.yaml"]
+    assert (config.beta, config.seed) == (0.7, 3)
