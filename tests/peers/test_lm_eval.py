@@ -52,7 +52,7 @@ metadata: {{version: 1.0}}
 def write_tasks(root):
     """Which answer is likelier, and the perplexity of the chosen one."""
     rows = []
-    for number, pair in enumerate(make_pairs(12, seed=5)):
+    for number, pair in enumerate(make_pairs(12, seed=5, completion_words=(1, 3))):
         sides = [pair[side][0]["content"] for side in ("chosen", "rejected")]
         choices = sides[::-1] if number % 2 else sides
         row = {"question": pair["prompt"][0]["content"], "choices": choices, "label": number % 2}
