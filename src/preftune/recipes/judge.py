@@ -30,7 +30,7 @@ from preftune.evaluation.judging.judge import AnswerPair, Judge, in_both_orders
 from preftune.evaluation.judging.kept import Kept, digest
 from preftune.evaluation.judging.reward_model import RewardModelJudge
 from preftune.evaluation.samples import greedy_answers
-from preftune.evaluation.win_rate import Rate, Verdict, length_matched, outcome, win_rate
+from preftune.evaluation.win_rate import Outcome, Rate, Verdict, length_matched, outcome, win_rate
 from preftune.files import write_atomically
 from preftune.model.adapters import StartAdapter, add_adapter
 from preftune.model.load import load_model, load_model_config, load_tokenizer, stop_at
@@ -238,7 +238,7 @@ def summary(
         pairs: of answers.
         verdicts: on them, with the trained model's answer first and second.
     """
-    outcomes = [outcome(*said) for said in verdicts]
+    outcomes: list[Outcome] = [outcome(*said) for said in verdicts]
     lengths = [(len(pair.base), len(pair.trained)) for pair in pairs]
     matched = length_matched(lengths, MATCHED)
     flipped = sum(said in (("first", "first"), ("second", "second")) for said in verdicts)

@@ -80,7 +80,7 @@ class EndpointJudge:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        data = json.dumps(body).encode()
+        data, last = json.dumps(body).encode(), "nothing was tried"
         for attempt in range(self.tries):
             wait = min(2.0**attempt, 60.0)
             try:

@@ -21,8 +21,10 @@ class AnswerPair:
 class Judge(Protocol):
     """Compares two answers to a prompt."""
 
-    parallel: int
-    """How many comparisons may be under way at once."""
+    @property
+    def parallel(self) -> int:
+        """How many comparisons may be under way at once."""
+        ...
 
     def compare(self, prompt: list[Message], first: str, second: str) -> Verdict:
         """Which is better.
