@@ -94,7 +94,7 @@ def test_numbers_are_the_harness_own(tmp_path, capsys, adapter):
     words += ["--eval_chat_template", "true", "--eval_batch_size", "4"]
     words += ["--cache_dir", str(tmp_path / "cache"), "--progress", "none"]
     assert main(words) == 0
-    assert "local_perplexity: perplexity" in capsys.readouterr().out
+    assert "local_choice: acc" in capsys.readouterr().out
     assert sorted(p.stat().st_mtime_ns for p in out.glob("lm_eval/*/call.json")) == calls
 
 
