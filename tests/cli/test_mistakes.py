@@ -144,6 +144,14 @@ MISTAKES = {
     "a flag given twice": given("--beta", "0.1", "--beta", "0.2"),
     "a flag without its value": given("--beta"),
     "a key given twice": in_file("seed: 1\nbeta: 0.1\nseed: 2\n"),
+    "evaluation without its job": given(eval_tasks="arc_easy"),
+    "an evaluation job without tasks": given(eval_jobs="lm_eval"),
+    "an evaluation on Beaker of what is not pushed": given(
+        eval_jobs="beaker", eval_tasks="arc_easy", beaker_image="org/image"
+    ),
+    "a place that an evaluation command has not": given(
+        eval_jobs="command", eval_command="judge {modle} {output}"
+    ),
     "a wrong word": given(loss_type="sigmod"),
     "a word that is no boolean": given(shuffle="maybe"),
     "beta 0": given(beta=0),

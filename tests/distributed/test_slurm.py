@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import arguments, tiny_settings
+from tests.runs import arguments, tiny_model_folder, tiny_settings
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 MISSING = [name for name in (*DAEMONS, "sbatch") if shutil.which(name) is None]
@@ -164,3 +164,35 @@ def test_without_slurm_the_script_is_only_written_on_demand(tmp_path, capsys, mo
     assert main(["launch", "slurm", *options]) == 2
     assert "sbatch is not installed here" in capsys.readouterr().err
     assert list(Path().iterdir()) == []
+
+
+def test_an_evaluation_job_runs_and_writes_its_numbers(slurm, tmp_path):
+    """`preftune evaluate --eval_jobs slurm`: submitted once; the job's table is in its log."""
+    pytest.importorskip("lm_eval", reason="not installed: lm-eval", exc_type=ImportError)
+    from tests.peers.test_lm_eval import write_tasks
+
+    environment = slurm | {
+        "OMP_NUM_THREADS": "1",
+        "PREFTUNE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
+    }
+    model, out = tiny_model_folder(tmp_path / "model"), tmp_path / "out"
+    words = [sys.executable, "-m", "preftune", "evaluate", str(model), "--eval_jobs", "slurm"]
+    words += ["--eval_tasks", *write_tasks(tmp_path), "--output", str(out), "--eval_slurm_options"]
+    words += ["['--time=10', '--cpus-per-task=2']"]
+    for answer in ("Submitted batch job", "submitted before (Submitted batch job"):
+        result = subprocess.run(
+            words,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"slurm: {answer}" in result.stderr
+    until(lambda: (out / "results.json").is_file(), 300)
+    until(lambda: said(slurm, "squeue", "--noheader") == "", 60)
+    (log,) = out.glob("slurm/*.log")
+    assert "local_choice: acc" in log.read_text()

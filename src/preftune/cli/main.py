@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "check configuration and data without loading weights",
     "plan": "parameters, memory, time and disk of a run, before anything loads",
     "score": "log-probs and accuracy of models on pairs, and lists of odd pairs",
+    "evaluate": "evaluation jobs and win rate: trained model against base",
     "verify-resume": "train straight, and stopped and resumed, and compare the two",
     "export": "write the weights of a checkpoint as a Hugging Face model",
     "merge": "add a LoRA adapter to its base, and write a plain model",

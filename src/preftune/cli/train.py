@@ -21,13 +21,18 @@ def run(argv: Sequence[str]) -> int:
     """
     config = options_or_help(ExperimentConfig, argv, USAGE, WHAT, for_ranks=True)
     if config is not None:
-        from preftune.distributed.runtime import leave_process_group
+        from preftune.distributed.runtime import is_main_process, leave_process_group
         from preftune.recipes.pairs import prepare_data
         from preftune.recipes.train import train
 
         if config.cache_dataset_only:
             print(prepare_data(config))
         else:
-            train(config)
+            result = train(config)
+            is_main = is_main_process()
             leave_process_group()
+            if config.eval_jobs and is_main:  # the others need not wait for it
+                from preftune.recipes.evaluate import evaluate_trained
+
+                evaluate_trained(config, result.folder)
     return 0

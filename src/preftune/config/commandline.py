@@ -20,7 +20,10 @@ class Words:
 
 
 def split_words(
-    argv: Sequence[str], is_switch: Callable[[str], bool], is_list: Callable[[str], bool]
+    argv: Sequence[str],
+    is_switch: Callable[[str], bool],
+    is_list: Callable[[str], bool],
+    takes_yaml: Callable[[str], bool] = lambda name: False,
 ) -> Words:
     """Sort words into options with their text, and files.
 
@@ -28,6 +31,7 @@ def split_words(
         argv: the words after the command.
         is_switch: whether an option may stand without text (true or false).
         is_list: whether an option takes all words up to the next option or the config file.
+        takes_yaml: whether a list may hold paths of .yaml files; the config file then stands first.
 
     Returns:
         The words, sorted; nothing is judged here but what looks like an option.
@@ -47,7 +51,9 @@ def split_words(
             words.options.append((name, rest.pop(0) if given else True))
         elif is_list(name):
             several = []
-            while rest and not (_is_option(rest[0]) or _is_config_file(rest[0])):
+            while rest and not _is_option(rest[0]):
+                if _is_config_file(rest[0]) and not takes_yaml(name):
+                    break
                 several.append(rest.pop(0))
             words.options.append((name, several if len(several) > 1 else (several or [None])[0]))
         else:
@@ -66,5 +72,5 @@ def _is_switch_text(word: str) -> bool:
 
 
 def _is_config_file(word: str) -> bool:
-    """Whether a word that could be an option's text is the config file: no option takes YAML's."""
+    """Whether a word that could be an option's text is the config file, as it is for most."""
     return word.endswith((".yaml", ".yml"))

@@ -25,6 +25,7 @@ class ComposedConfig:
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     takes_presets = False  # whether its options may start from a preset
+    yaml_options: ClassVar[Collection[str]] = ()  # lists that may hold paths of .yaml files
 
     def __post_init__(self) -> None:
         """Check and resolve.

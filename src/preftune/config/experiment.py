@@ -11,6 +11,7 @@ from preftune.config.dpo import ONLY_WITH_PAIRS, DPOConfig, layout_problems
 from preftune.config.evaluation import EvalConfig
 from preftune.config.guards import GuardConfig
 from preftune.config.hub import HubConfig
+from preftune.config.jobs import RUNS_TASKS, YAML_OPTIONS, JobsConfig
 from preftune.config.logging import LoggingConfig
 from preftune.config.lora import LoRAConfig
 from preftune.config.model import ModelConfig, another_model, gguf_problems
@@ -39,6 +40,7 @@ class ExperimentConfig(
     HubConfig,
     CheckpointConfig,
     EvalConfig,
+    JobsConfig,
     PeersConfig,
 ):
     """Everything a training run needs, flat. Each section says what its options mean.
@@ -50,6 +52,7 @@ class ExperimentConfig(
     """
 
     takes_presets = True
+    yaml_options = YAML_OPTIONS
 
     @property
     def reference_model(self) -> ModelConfig | None:
@@ -89,6 +92,7 @@ class ExperimentConfig(
         found += self._quantization_problems()
         found += self._hub_problems()
         found += self._generating_problems()
+        found += self._job_problems()
         if self.has_eval_data:
             return found
         settings = {
@@ -166,6 +170,20 @@ class ExperimentConfig(
             )
             others = ("sequence_parallel_size",)
             found.append(Problem("lora_dropout", self.lora_dropout, message, others))
+        return found
+
+    def _job_problems(self) -> list[Problem]:
+        """Of evaluation jobs that cannot read what the run leaves."""
+        jobs, found = self.eval_jobs or [], []
+        if "beaker" in jobs and not self.push_to_hub:
+            message = "a job on Beaker reads the model from the Hub: set push_to_hub true and "
+            message += "hub_repo_id, or leave beaker out"
+            found.append(Problem("eval_jobs", jobs, message, ("push_to_hub",)))
+        if self.is_quantized and set(jobs) & set(RUNS_TASKS):
+            bits = self.quantization_key
+            message = f"{bits} is true, and lm-evaluation-harness would put the adapter over the "
+            message += "plain base: leave it out, and evaluate what preftune merge writes"
+            found.append(Problem("eval_jobs", jobs, message, (bits,)))
         return found
 
     def _quantization_problems(self) -> list[Problem]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from preftune.config.composed import ComposedConfig
-from preftune.config.problem import Problem, below, count
+from preftune.config.problem import Problem, below, count, sbatch_option_problems
 from preftune.config.section import Section
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?")
@@ -152,10 +152,7 @@ class SlurmSection(Section):
     def problems(self) -> list[Problem]:
         """Everything wrong inside this section."""
         found = count("signal_seconds", self.signal_seconds, least=30)
-        for option in self.sbatch_options or []:
-            if not option.startswith("-") or "\n" in option:
-                message = f"{option!r} is no option: each starts with - and stands on one line"
-                found.append(Problem("sbatch_options", self.sbatch_options, message))
+        found += sbatch_option_problems("sbatch_options", self.sbatch_options)
         if self.time is not None and not re.fullmatch(r"[0-9]+([-:][0-9:]+)?", self.time):
             message = "it must be as Slurm writes it: 60, 12:00:00, 1-12:00:00"
             found.append(Problem("time", self.time, message))

@@ -120,6 +120,7 @@ def parse_with_places(
         argv,
         is_switch=lambda name: bool in reader.kinds.get(name, ()),
         is_list=lambda name: _takes(list, reader.kinds.get(name, ())),
+        takes_yaml=lambda name: name in cls.yaml_options,
     )
     if len(words.files) > int(allow_file):
         raise ConfigError(_too_many_files(words.files, allow_file))

@@ -240,6 +240,11 @@ class _Builder:
             config = config_of(_CLASSES[name], given)
         except ConfigError as error:
             raise _of(name, problems + error.problems) from None
+        if isinstance(config, ExperimentConfig) and config.eval_jobs:
+            problems.append(
+                "eval_jobs: a pipeline runs none; leave it out, and run preftune evaluate "
+                f"{folder} afterwards"
+            )
         if problems:
             raise _of(name, problems)
         self.broken = stands_alone

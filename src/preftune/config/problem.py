@@ -64,3 +64,12 @@ def below(key: str, value: float | None, least: float, message: str) -> list[Pro
 def count(key: str, value: int | None, least: int = 1) -> list[Problem]:
     """The problem of a count that is too small."""
     return below(key, value, least, f"it must be {least} or more")
+
+
+def sbatch_option_problems(key: str, options: Sequence[str] | None) -> list[Problem]:
+    """The problems of options for sbatch, which become lines of a script."""
+    return [
+        Problem(key, options, f"{option!r} is no option: each starts with - and stands on one line")
+        for option in options or ()
+        if not option.startswith("-") or "\n" in option
+    ]

@@ -94,28 +94,49 @@ def launch_slurm(program: Program, config: LaunchSlurmConfig) -> int:
     Raises:
         ConfigError: there is no sbatch here, or it refuses the job.
     """
-    if config.submit and shutil.which("sbatch") is None:
-        raise ConfigError(
-            "sbatch is not installed here, or not in PATH: run this on a login node of the "
-            "cluster, or give --submit false to only write the script"
-        )
+    if config.submit:
+        check_sbatch("give --submit false to only write the script")
     script = Path(config.script)
     write_atomically(script, slurm_script(program, config))
     say(f"wrote {script}")
     if not config.submit:
         return 0
-    result = subprocess.run(_sbatch(config), capture_output=True, text=True, check=False)
+    print(submit(config.script), end="", flush=True)
+    return 0
+
+
+def check_sbatch(otherwise: str) -> None:
+    """See that jobs can be submitted here.
+
+    Args:
+        otherwise: what to do where they cannot.
+
+    Raises:
+        ConfigError: there is no sbatch here.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not installed here, or not in PATH: run this on a login node of the "
+            f"cluster, or {otherwise}"
+        )
+
+
+def submit(script: str) -> str:
+    """Hand a batch script to sbatch; gives what it says.
+
+    Args:
+        script: its path.
+
+    Raises:
+        ConfigError: it refuses the job.
+    """
+    result = subprocess.run(["sbatch", script], capture_output=True, text=True, check=False)
     if result.returncode:
         raise ConfigError(f"sbatch refuses {script}: {result.stderr.strip()}")
-    print(result.stdout, end="", flush=True)
-    return 0
+    return result.stdout
 
 
 def describe_slurm(program: Program, config: LaunchSlurmConfig) -> str:
     """The script, and what would be done with it."""
-    done = f"\n# {shlex.join(_sbatch(config))}" if config.submit else ""
+    done = f"\n# {shlex.join(['sbatch', config.script])}" if config.submit else ""
     return f"# {config.script}\n{slurm_script(program, config)}".rstrip("\n") + done
-
-
-def _sbatch(config: LaunchSlurmConfig) -> list[str]:
-    return ["sbatch", config.script]

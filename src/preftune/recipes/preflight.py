@@ -20,6 +20,7 @@ from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
 from preftune.errors import ConfigError, Findings
+from preftune.evaluation.jobs.checks import check_jobs
 from preftune.model.adapters import check_adapter, commit_of, peft_config, skeleton
 from preftune.model.attention_shards import check_heads
 from preftune.model.load import load_model_config, model_commit
@@ -57,6 +58,10 @@ def check_setup(
     if start is not None and start.kind == "finished":
         findings.raise_all()
         return start, config, None
+
+    if config.eval_jobs:
+        with findings:
+            ranks.decide(lambda: check_jobs(config, ask_harness=True))
 
     def look() -> tuple[ExperimentConfig, PreTrainedTokenizerBase]:
         look_at_cache(config, findings)

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from preftune.batching.layout import LayoutName
 from preftune.config.composed import ComposedConfig
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.jobs import JobsConfig
 from preftune.config.model import AttentionName
 from preftune.distributed.folders import PROBE
 from preftune.errors import CheckpointError
@@ -69,6 +70,8 @@ MAY_CHANGE = frozenset(
         "total_batch_size",
         "per_device_eval_batch_size",
         "max_tokens_per_microbatch",
+        # What runs when training is over.
+        *(field.name for field in fields(JobsConfig)),
         "gradient_checkpointing",
         "activation_offload",
         # How the same steps are spread over devices.

@@ -414,3 +414,10 @@ def test_quiet_is_a_word_for_no_progress():
     assert parse_config(ExperimentConfig, words).progress == "none"
     with pytest.raises(ConfigError, match="--progress is given twice, 'rich' and 'none'; keep one"):
         parse_config(ExperimentConfig, ["--progress", "rich", *words])
+
+
+def test_a_list_of_tasks_may_hold_yaml_files_behind_the_config_file(read):
+    options = ("--eval_jobs", "lm_eval", "--eval_tasks", "arc_easy", "mine.yaml", "b.yaml")
+    config = read(*options, "--seed", "3", yaml="beta: 0.7\n")
+    assert config.eval_tasks == ["arc_easy", "mine.yaml", "b.yaml"]
+    assert (config.beta, config.seed) == (0.7, 3)

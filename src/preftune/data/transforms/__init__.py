@@ -9,7 +9,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,14 +119,30 @@ def _find(name: str) -> Transform:
     if name in BUILTIN_TRANSFORMS:
         return BUILTIN_TRANSFORMS[name]
     where = f"dataset_transforms: {name!r}"
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         near = difflib.get_close_matches(name, BUILTIN_TRANSFORMS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(
             f"{where} is not a transform{hint}; they are {', '.join(BUILTIN_TRANSFORMS)}, and "
             f"your own as module:function"
         )
+    return cast(
+        Transform, import_function(name, where, "a function that takes a row and returns it")
+    )
+
+
+def import_function(name: str, where: str, what: str) -> Callable[..., Any]:
+    """A function of the user's, by name.
+
+    Args:
+        name: module:function; modules of the current folder can be named, as with `python -m`.
+        where: the option and its value, for people.
+        what: what it must be, for people.
+
+    Raises:
+        ConfigError: it does not exist, or cannot be imported or called.
+    """
+    module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ConfigError(f"{where} is not written module:function, such as my_rows:clean")
     module = _import(where, module_name)
@@ -141,10 +157,9 @@ def _find(name: str) -> Transform:
         )
     if not callable(function):
         raise ConfigError(
-            f"{where} is of type {type(function).__name__}, which cannot be called; name a "
-            f"function that takes a row and returns it"
+            f"{where} is of type {type(function).__name__}, which cannot be called; name {what}"
         )
-    return cast(Transform, function)
+    return function
 
 
 def _import(where: str, module: str) -> ModuleType:
