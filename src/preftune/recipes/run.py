@@ -35,6 +35,7 @@ from preftune.recipes.pairs import Pairs
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
+from preftune.report.page import write_report
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay, counting
 from preftune.tracking.tracker import Tracker, open_tracker
@@ -450,6 +451,18 @@ class Run:
         if self.runtime.is_main:
             self.start.folder.write_manifest(self.manifest)
         return self.manifest
+
+    def report(self) -> None:
+        """Write `report.html`, if that can be done: a run does not end for want of one."""
+        if not self.runtime.is_main:
+            return
+        try:
+            write_report([self.start.folder.root])
+        except Exception as error:  # whatever it is, the numbers are in metrics.jsonl
+            self.display.say(
+                f"report.html was not written ({type(error).__name__}: {error}); training goes on, "
+                f"and `preftune report {self.start.folder.root}` tries again"
+            )
 
     def release(self) -> None:
         """Close the trackers, and let other processes have the folder."""

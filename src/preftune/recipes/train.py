@@ -176,6 +176,7 @@ def _train(
         best=run.checkpoints.best,
         on_step=on_step,
         note=lambda: run.note(state, batcher),
+        report=run.report,
     )
     return _trained(run, loop, engine)
 
@@ -235,9 +236,12 @@ def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
         with run.checkpoints.awaited():
             loop.run()
         run.save_final(engine)
-        return TrainResult(run.start.folder, run.end("finished"))
+        manifest = run.end("finished")
+        run.report()
+        return TrainResult(run.start.folder, manifest)
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
+        run.report()
         raise run.runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()

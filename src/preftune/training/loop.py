@@ -71,6 +71,8 @@ class TrainingLoop:
     """Wait until all are on disk; raises on every rank what went wrong on any."""
     note: Callable[[], None]
     """Write what the state's guards have met into the run's manifest."""
+    report: Callable[[], None]
+    """Write the run's report again."""
     requests: SignalRequests
     """What signals ask for."""
     deadline: float | None = None
@@ -167,6 +169,8 @@ class TrainingLoop:
         if record and self.runtime.is_main:
             for tracker in self.trackers:
                 tracker.append({"step": step, **record})
+        if evaluating:
+            self._report()
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
         if evaluating and self._is_best(record):
             saving = True
@@ -249,6 +253,11 @@ class TrainingLoop:
             prefix = f"eval/{label}/" if label else "eval/"
             record |= {prefix + key: value for key, value in metrics.items()}
         return record
+
+    def _report(self) -> None:
+        began = time.perf_counter()
+        self.report()
+        self._window_began += time.perf_counter() - began  # it is not training time
 
     def _start_window(self) -> None:
         self._window_began = time.perf_counter()

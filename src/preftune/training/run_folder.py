@@ -107,6 +107,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def report(self) -> Path:
+        """What the run was and what its curves say, as one HTML page."""
+        return self.root / "report.html"
+
+    @property
     def final(self) -> Path:
         """The trained model in the Hugging Face format."""
         return self.root / "final"
