@@ -150,7 +150,9 @@ def full_run(root: Path) -> Path:
         samples=[
             sample(step, number, prompt, f"{HOSTILE} after step {step}")
             for step in (20, 40, 60, 80, 100)
-            for number, prompt in enumerate(["How does someone say hello?", HOSTILE, "Hi\n\n\tthere"])
+            for number, prompt in enumerate(
+                ["How does someone say hello?", HOSTILE, "Hi\n\n\tthere"]
+            )
         ],
         documents={
             "evaluation/results.json": [row | {"base": side, "trained": side | {"value": 0.58}}],

@@ -6,7 +6,7 @@
   const byId = (id) => document.getElementById(id);
   const MARGIN = { top: 8, right: 10, bottom: 22, left: 50 };
   const FEW = 24; // points that are drawn as dots, too
-  const view = { from: 0, to: 1, smooth: 0, hiddenRuns: new Set() };
+  const view = { from: 0, to: 1, smooth: 0, hiddenRuns: new Set(), at: null };
   const charts = [];
 
   // ------------------------------------------------------------ numbers
@@ -14,7 +14,7 @@
   function shown(value) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    if (size !== 0 && size < 1e-3) return value.toExponential(2);
+    if (size !== 0 && size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
     const notation = size >= 1e5 ? "compact" : "standard";
     return new Intl.NumberFormat("en", { maximumSignificantDigits: 4, notation }).format(value);
   }
@@ -25,7 +25,7 @@
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
     const found = [];
-    for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i++) found.push(i * step);
+    for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i++) found.push(i * step + 0); // no -0
     return found;
   }
 
@@ -122,12 +122,12 @@
     root.replaceChildren();
     const clip = svg("clipPath", { id: `clip-${chart.key}` }, root);
     svg("rect", { x: MARGIN.left - 4, y: 0, width: right - MARGIN.left + 8, height: bottom + 4 }, clip);
-    for (const value of ticks(low, high, 4)) {
+    for (const value of ticks(low, high, 5)) {
       const kind = value === 0 && low < 0 ? "zero" : "grid";
       svg("line", { class: kind, x1: MARGIN.left, x2: right, y1: y(value), y2: y(value) }, root);
       svg("text", { x: MARGIN.left - 6, y: y(value) + 4, "text-anchor": "end" }, root, shown(value));
     }
-    for (const step of ticks(view.from, view.to, Math.max(2, width / 90))) {
+    for (const step of ticks(view.from, view.to, Math.max(3, width / 70))) {
       if (!Number.isInteger(Math.round(step * 1e6) / 1e6)) continue;
       svg("text", { x: x(step), y: height - 5, "text-anchor": "middle" }, root, shown(step));
     }
@@ -158,6 +158,7 @@
 
   // Shows the values at a step in all charts; null puts the last ones back.
   function pointAt(step) {
+    view.at = step;
     for (const chart of charts) {
       for (const line of chart.lines) {
         const i = step === null ? line.s.length - 1 : nearest(line.s, step);
@@ -243,7 +244,7 @@
 
   function redraw() {
     charts.forEach(draw);
-    pointAt(null);
+    pointAt(view.at);
   }
 
   function build(figure) {
@@ -264,7 +265,7 @@
         line.hidden = !line.hidden;
         button.setAttribute("aria-pressed", String(!line.hidden));
         draw(chart);
-        describe(chart, null);
+        pointAt(view.at);
       });
     }
     chart.at = html("span", "note", legend);

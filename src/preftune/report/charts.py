@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from preftune.report.runs import Curve, MetricName, RunRecord
@@ -215,6 +216,8 @@ def _label(spec: ChartSpec, name: MetricName, run: str) -> str:
     metric = _metric_label(name.metric) if len(spec.metrics) > 1 and not run else ""
     if metric == "all":
         metric = ""
+    if metric and not name.held_out:
+        return metric
     return ", ".join(filter(None, [run, metric, where]))
 
 
@@ -256,7 +259,7 @@ def points(curve: Curve, most: int) -> dict[str, list[Any]]:
         return {"s": curve.steps, "v": [_rounded(value) for value in curve.values]}
     found: dict[str, list[Any]] = {"s": [], "v": [], "lo": [], "hi": []}
     edges = [len(curve) * i // most for i in range(most + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         values = [value for value in curve.values[begin:end] if math.isfinite(value)]
         found["s"].append(curve.steps[(begin + end - 1) // 2])
         found["v"].append(_rounded(math.fsum(values) / len(values)) if values else None)

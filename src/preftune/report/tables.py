@@ -65,7 +65,7 @@ def sentence(run: RunRecord) -> str:
     done = run.last_step
     if steps and batch:
         of = f"{number(done)} of {number(steps)}" if done != steps else number(steps)
-        text += f": {of} steps of {number(batch)}"
+        text += f": {of} steps of {number(batch)} each"
     if manifest.get("seconds"):
         text += f", {duration(manifest['seconds'])}"
     return f"{text}, on {_device(manifest)}."
@@ -92,9 +92,9 @@ def cards(run: RunRecord) -> list[tuple[str, str]]:
     wanted = (
         ("held-out accuracy", "eval/rewards/accuracies", "{:.1%}"),
         ("held-out loss", "eval/loss", "{:.4g}"),
-        ("accuracy, last rows", "rewards/accuracies", "{:.1%}"),
-        ("margin", "rewards/margins", "{:.3g}"),
-        ("loss", "loss", "{:.4g}"),
+        ("training accuracy", "rewards/accuracies", "{:.1%}"),
+        ("training margin", "rewards/margins", "{:.3g}"),
+        ("training loss", "loss", "{:.4g}"),
         ("KL from start", "eval/kl/forward", "{:.3g} nats"),
         ("pairs a second", "perf/pairs_per_second", "{:.3g}"),
         ("rows a second", "perf/rows_per_second", "{:.3g}"),
@@ -360,8 +360,8 @@ def _with_error(side: Any) -> str | None:
     return f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
 
 
-def win_rate(run: RunRecord) -> list[tuple[str, str]]:
-    """What a judge said of answers before training and after; empty without one."""
+def win_rate(run: RunRecord) -> Table | None:
+    """What a judge said of answers before training and after; None without one."""
     told = run.win_rate or {}
     rows = []
     for key, name in (
@@ -372,20 +372,43 @@ def win_rate(run: RunRecord) -> list[tuple[str, str]]:
         if isinstance(rate, Mapping):
             low, high = rate.get("low", math.nan), rate.get("high", math.nan)
             interval = f"95 %: {low:.1%} to {high:.1%}; {rate.get('num_pairs')} pairs"
-            rows.append((name, f"{rate.get('rate', math.nan):.1%} ({interval})"))
+            rows.append([name, f"{rate.get('rate', math.nan):.1%} ({interval})"])
     if "wins" in told:
         counts = ", ".join(f"{told.get(k)} {k}" for k in ("wins", "losses", "ties"))
-        rows.append(("answers", counts))
-    return rows
+        rows.append(["answers", counts])
+    return Table(["a judge's verdict", ""], rows) if rows else None
 
 
 # ---------------------------------------------------------------- settings and machine
 
-_ENVIRONMENT = (
-    "command started ended seconds costs device threads world_size precision layout layout_why "
-    "attention head_chunk_size compact_head save_dtype peak_memory_gib versions host resumed_from "
-    "best_checkpoint model reference_namespace reference steps steps_per_epoch global_batch_size"
-).split()
+_ENVIRONMENT = [
+    "command",
+    "started",
+    "ended",
+    "seconds",
+    "costs",
+    "device",
+    "threads",
+    "world_size",
+    "precision",
+    "layout",
+    "layout_why",
+    "attention",
+    "head_chunk_size",
+    "compact_head",
+    "save_dtype",
+    "peak_memory_gib",
+    "versions",
+    "host",
+    "resumed_from",
+    "best_checkpoint",
+    "model",
+    "reference_namespace",
+    "reference",
+    "steps",
+    "steps_per_epoch",
+    "global_batch_size",
+]
 
 
 def config(run: RunRecord) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from preftune.report.runs import Curve, MetricName
 from preftune.report.thresholds import ACCURATE, DISPLACED, FALL_RATIO, HALF, LEFT, QUIET, STILL
 
 FELL = -1.0
-"""Nats of the mean chosen log-ratio from where on it is told: less is within what batches differ."""
+"""Nats of the mean chosen log-ratio from where on it is told; batches differ by less."""
 SURE = 2.0
 """Standard errors from where on a difference is not put down to chance (95 %)."""
 RISEN = 0.02
@@ -23,7 +23,7 @@ Stopping - But When?" (1998), at 2 %."""
 CORRELATED = 0.5
 """Correlation of reward and length from where on length says a quarter (r²) of the reward."""
 LOST, FEWEST = 0.1, 20
-"""Accuracy that is lost among answers of equal length, and pairs of such that it takes to say so."""
+"""Accuracy that is lost among answers of equal length, and how many such pairs it takes."""
 DIVERGED = 2.0
 """Times its start at which a run's last loss has diverged."""
 
@@ -62,6 +62,11 @@ class Evidence:
     """Rows of one step."""
     stopped_itself: bool = False
     """Whether the run ended because a number was not finite."""
+
+    @property
+    def unit(self) -> str:
+        """What a row is."""
+        return "pairs" if "rewards/margins" in self.curves else "rows"
 
     def curve(self, name: str) -> Curve:
         """A metric without what is no number; empty where it was not logged."""
@@ -187,28 +192,28 @@ def _learning_held_out(evidence: Evidence) -> Iterator[Verdict]:
         if not with_reference and len(accuracy) < 2:
             continue
         before = 0.5 if with_reference else accuracy.values[0]
-        than = "0.5, which chance gives" if with_reference else f"{before:.2f} at the first one"
+        than = "50%, which chance gives" if with_reference else f"{before:.0%} at the first one"
         last, least = accuracy.values[-1], before + _by_chance(number)
         names = (_metric(label, "rewards/accuracies"), _metric(label, "rewards/margins"))
         seen = (
-            f"{last:.0%} of the {number} held-out rows{_of(label)} are on the right side at the "
-            f"last evaluation, against {than}"
+            f"At the last evaluation {last:.0%} of the {number} held-out {evidence.unit}"
+            f"{_of(label)} are judged right, against {than}"
         )
         if last > least:
-            text = f"{seen}: what was learned holds beyond the training rows."
+            text = f"{seen}: what was learned holds beyond the training {evidence.unit}."
             yield Verdict("learning", "Learning", "good", text, names)
         elif _fits_training(evidence):
             text = (
-                f"{seen}, and above {least:.2f} is needed to tell them apart on so few rows; in "
-                "training accuracy is higher. What was learned does not carry over: more or "
-                "cleaner pairs help, or fewer epochs."
+                f"{seen}, and more than {least:.0%} would be needed to say that it is not chance; "
+                f"in training accuracy is higher. What was learned does not carry over: more or "
+                f"cleaner {evidence.unit} help, or fewer epochs."
             )
             names = (*names, "rewards/accuracies")
             yield Verdict("not_generalising", "Learning by heart", "warning", text, names)
         else:
             text = (
-                f"{seen}, and above {least:.2f} is needed to tell them apart on so few rows. "
-                "Train longer, raise learning_rate, or hold out more rows."
+                f"{seen}, and more than {least:.0%} would be needed to say that it is not chance. "
+                f"Train longer, raise learning_rate, or hold out more {evidence.unit}."
             )
             yield Verdict("unclear", "No clear progress yet", "note", text, names)
 
@@ -225,39 +230,40 @@ def _fits_training(evidence: Evidence) -> bool:
 
 def _learning_in_training(evidence: Evidence) -> Verdict:
     """The same without held-out accuracies."""
-    pairs = evidence.curve("rewards/accuracies")
+    accuracy = evidence.curve("rewards/accuracies")
     held_out = [(label, c) for label, c in evidence.held_out("loss") if len(c) > 1]
-    if not len(pairs) and held_out:
-        label, curve = held_out[0]
-        name, first, last = _metric(label, "loss"), curve.values[0], curve.values[-1]
-        seen = f"the held-out loss{_of(label)} went from {first:.4g} to {last:.4g}"
-        if last < first - STILL * abs(first):
-            return Verdict("learning", "Learning", "good", f"{_capital(seen)}.", (name,))
-        return Verdict("unclear", "No clear progress yet", "note", f"{_capital(seen)}.", (name,))
+    if not len(accuracy) and held_out:
+        return _falling_held_out(*held_out[0])
     loss, margin = _change(evidence.curve("loss")), _change(evidence.curve("rewards/margins"))
-    ungiven = (
-        "Whether it holds for other rows was not measured: set test_size or eval_dataset, and "
-        "eval_strategy."
+    is_learning, seen = False, "there are too few lines of metrics to tell"
+    if len(accuracy) and margin is not None:
+        is_learning = _fits_training(evidence) and margin.end > margin.start
+        seen = (
+            f"margins went from {margin.start:.3g} to {margin.end:.3g}, with "
+            f"{statistics.fmean(accuracy.values[-HALF:]):.0%} of the last {evidence.unit} judged "
+            "right"
+        )
+    elif loss is not None:
+        is_learning = loss.falls
+        seen = f"the training loss went from {loss.start:.4g} to {loss.end:.4g}"
+    text = (
+        f"{_capital(seen)}. Whether it holds for other {evidence.unit} was not measured: set "
+        "test_size or eval_dataset, and eval_strategy."
     )
-    if len(pairs):
-        fits = _fits_training(evidence) and margin is not None and margin.end > margin.start
-        seen = "too few lines of metrics to tell"
-        if margin is not None:
-            accuracy = statistics.fmean(pairs.values[-HALF:])
-            seen = (
-                f"margins went from {margin.start:.3g} to {margin.end:.3g}, with "
-                f"{accuracy:.0%} of the last rows on the right side, before they were trained on"
-            )
-        names = ("rewards/margins", "rewards/accuracies")
-    else:
-        fits, names = loss is not None and loss.falls, ("loss",)
-        seen = "too few lines of metrics to tell"
-        if loss is not None:
-            seen = f"the training loss went from {loss.start:.4g} to {loss.end:.4g}"
-    if fits:
-        text = f"{_capital(seen)}. {ungiven}"
-        return Verdict("learning", "Learning, on its training rows", "good", text, names)
-    text = f"{_capital(seen)}. {ungiven}"
+    names = ("rewards/margins", "rewards/accuracies") if len(accuracy) else ("loss",)
+    if is_learning:
+        title = f"Learning, on its training {evidence.unit}"
+        return Verdict("learning", title, "good", text, names)
+    return Verdict("unclear", "No clear progress yet", "note", text, names)
+
+
+def _falling_held_out(label: str, curve: Curve) -> Verdict:
+    """What the held-out loss alone says."""
+    first, last = curve.values[0], curve.values[-1]
+    text = f"The held-out loss{_of(label)} went from {first:.4g} to {last:.4g}."
+    names = (_metric(label, "loss"),)
+    if last < first - STILL * abs(first):
+        return Verdict("learning", "Learning", "good", text, names)
     return Verdict("unclear", "No clear progress yet", "note", text, names)
 
 
@@ -296,15 +302,13 @@ def _saturated(evidence: Evidence) -> Found:
     if min(accuracies.values[-QUIET:]) < ACCURATE or worst > LEFT * start:
         return
     since = next(
-        step
-        for i, step in enumerate(losses.steps)
-        if max(losses.values[i:]) <= LEFT * start
+        step for i, step in enumerate(losses.steps) if max(losses.values[i:]) <= LEFT * start
     )
     norms = _change(evidence.curve("grad_norm"))
     norm = f", and the gradient norm {norms.end:.2g} after {norms.start:.2g}" if norms else ""
     text = (
-        f"There is nothing more to learn from these rows: since step {since} the loss is at most "
-        f"{worst:.2g} of {start:.3g} at the start (the limit is {LEFT:g} of it), accuracy is "
+        f"There is nothing more to learn from these {evidence.unit}: since step {since} the loss "
+        f"is at most {worst:.2g} of {start:.3g} at the start (the limit is {LEFT:g} of it), accuracy is "
         f"1{norm}. Lower num_epochs."
     )
     names = ("rewards/accuracies", "loss", "grad_norm")

@@ -107,6 +107,16 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def samples(self) -> Path:
+        """One line a sampled prompt and step."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """What evaluations found of the model before training and after."""
+        return self.root / "evaluation" / "results.json"
+
+    @property
     def report(self) -> Path:
         """What the run was and what its curves say, as one HTML page."""
         return self.root / "report.html"
