@@ -141,12 +141,14 @@
     const tone = `s${line.colour}`, dashed = line.dashed ? " dashed" : "";
     if (line.lo) svg("path", { class: `band ${tone}`, d: band(line, x, y) }, group);
     let values = line.v;
-    if (view.smooth > 0) {
+    // The mean of a few points would hide what they say.
+    const smooth = view.smooth > 0 && line.s.length > FEW;
+    if (smooth) {
       svg("path", { class: `raw ${tone}`, d: path(line.s, line.v, x, y) }, group);
       values = smoothed(line.v, view.smooth);
     }
     svg("path", { class: `line ${tone}${dashed}`, d: path(line.s, values, x, y) }, group);
-    if (line.s.length > FEW || view.smooth > 0) return;
+    if (line.s.length > FEW) return;
     line.s.forEach((step, i) => {
       if (line.v[i] === null) return;
       const kind = `dot ${tone}${line.dashed ? " open" : ""}`;

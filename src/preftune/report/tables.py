@@ -381,34 +381,14 @@ def win_rate(run: RunRecord) -> Table | None:
 
 # ---------------------------------------------------------------- settings and machine
 
-_ENVIRONMENT = [
-    "command",
-    "started",
-    "ended",
-    "seconds",
-    "costs",
-    "device",
-    "threads",
-    "world_size",
-    "precision",
-    "layout",
-    "layout_why",
-    "attention",
-    "head_chunk_size",
-    "compact_head",
-    "save_dtype",
-    "peak_memory_gib",
-    "versions",
-    "host",
-    "resumed_from",
-    "best_checkpoint",
-    "model",
-    "reference_namespace",
-    "reference",
-    "steps",
-    "steps_per_epoch",
-    "global_batch_size",
-]
+# fmt: off
+_ENVIRONMENT = (
+    "command", "started", "ended", "seconds", "costs", "device", "threads", "world_size",
+    "precision", "layout", "layout_why", "attention", "head_chunk_size", "compact_head",
+    "save_dtype", "peak_memory_gib", "versions", "host", "resumed_from", "best_checkpoint",
+    "model", "reference_namespace", "reference", "steps", "steps_per_epoch", "global_batch_size",
+)
+# fmt: on
 
 
 def config(run: RunRecord) -> list[tuple[str, str]]:

@@ -308,8 +308,8 @@ def _saturated(evidence: Evidence) -> Found:
     norm = f", and the gradient norm {norms.end:.2g} after {norms.start:.2g}" if norms else ""
     text = (
         f"There is nothing more to learn from these {evidence.unit}: since step {since} the loss "
-        f"is at most {worst:.2g} of {start:.3g} at the start (the limit is {LEFT:g} of it), accuracy is "
-        f"1{norm}. Lower num_epochs."
+        f"is at most {worst:.2g} of {start:.3g} at the start (the limit is {LEFT:g} of it), "
+        f"accuracy is 1{norm}. Lower num_epochs."
     )
     names = ("rewards/accuracies", "loss", "grad_norm")
     yield Verdict("saturated", "Saturated", "warning", text, names)
@@ -333,11 +333,11 @@ def _displaced(evidence: Evidence) -> Found:
     fall, other = chosen.start - chosen.end, rejected.start - rejected.end
     is_bad = chosen.end - chosen.start < DISPLACED or fall >= FALL_RATIO * other
     displaced = evidence.curve("logratios/displaced")
-    share = f", {displaced.values[-1]:.0%} of them" if len(displaced) else ""
+    share = f" ({displaced.values[-1]:.0%} of them did at all)" if len(displaced) else ""
     seen = (
-        f"Chosen answers became {fall:.3g} nats less likely{share}, rejected ones {other:.3g}, "
-        f"while the margin grew to {margin.end:.3g}: probability goes to answers that are in "
-        "neither side (arXiv:2410.08847)."
+        f"Chosen answers became {fall:.3g} nats less likely on average{share}, rejected ones "
+        f"{other:.3g}, while the margin grew to {margin.end:.3g}: probability goes to answers that "
+        "are in neither side (arXiv:2410.08847)."
     )
     if is_bad:
         text = f"{seen} Set sft_weight above 0, or lower learning_rate."
@@ -357,7 +357,7 @@ def _against_start(
     chosen, rejected = map(evidence.curve, names)
     if len(chosen) and len(rejected):
         # Against the reference, which is where the policy began.
-        return *(_from_zero(curve) for curve in (chosen, rejected)), names
+        return _from_zero(chosen), _from_zero(rejected), names
     # Without a reference: of held-out answers, which are the same ones at each evaluation.
     for label, curve in evidence.held_out("logps/chosen"):
         names = (_metric(label, "logps/chosen"), _metric(label, "logps/rejected"))
@@ -381,30 +381,35 @@ def _length_gaming(evidence: Evidence) -> Found:
     Source: Park et al., "Disentangling Length from Quality in Direct Preference Optimization",
     arXiv:2403.19159.
     """
-    sets = list(evidence.held_out("rewards/length_correlation"))
+    named = evidence.held_out("rewards/length_correlation")
+    sets = [(label, curve) for label, curve in named if len(curve)]
     if not sets:
         yield Unjudged("length gaming", "it takes held-out pairs")
     for label, curve in sets:
-        if not len(curve):
-            continue
         correlation, gap = curve.values[-1], _length_gap(evidence, label)
         correlated = abs(correlation) >= CORRELATED
         if not correlated and gap is None:
             continue
-        longer = "longer" if correlation > 0 else "shorter"
-        parts = [
-            f"The reward follows length: its correlation with the number of tokens is "
-            f"{correlation:.2f} on held-out rows{_of(label)} (from {CORRELATED:g} on, either way, "
-            f"it is told), so {longer} answers get more."
-            if correlated
-            else f"Reward and length correlate little ({correlation:.2f}), but accuracy does not "
-            f"hold without a difference in length{_of(label)}."
-        ]
+        if correlated:
+            longer = "longer" if correlation > 0 else "shorter"
+            seen = (
+                f"The reward follows length: it correlates with the number of tokens by "
+                f"{correlation:.2f} on held-out {evidence.unit}{_of(label)} (told from "
+                f"{CORRELATED:g} on, either way), so {longer} answers get more."
+            )
+        else:
+            seen = (
+                f"Reward and length correlate little ({correlation:.2f}), but accuracy does not "
+                f"hold without a difference in length{_of(label)}."
+            )
         if gap is not None:
-            parts.append(f"Among answers of about equal length accuracy is {gap[1]:.2f}, not "
-                         f"{gap[0]:.2f}.")  # fmt: skip
-        parts.append("Look at the samples; ld_alpha below 1, simpo or dpo_norm weigh length less "
-                     "(arXiv:2403.19159).")  # fmt: skip
+            seen += (
+                f" Among answers of about equal length accuracy is {gap[1]:.0%}, not {gap[0]:.0%}."
+            )
+        text = (
+            f"{seen} Look at the samples; ld_alpha below 1, simpo or dpo_norm weigh length less "
+            "(arXiv:2403.19159)."
+        )
         names = (
             _metric(label, "rewards/length_correlation"),
             _metric(label, "rewards/accuracies_length_matched"),
@@ -412,7 +417,7 @@ def _length_gaming(evidence: Evidence) -> Found:
         both = correlated and gap is not None
         title = "Length gaming" if both else "Signs of length gaming"
         severity: Severity = "warning" if both else "note"
-        yield Verdict("length_gaming", title, severity, " ".join(parts), names)
+        yield Verdict("length_gaming", title, severity, text, names)
 
 
 def _length_gap(evidence: Evidence, label: str) -> tuple[float, float] | None:
