@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class MetricName:
         if not self.held_out:
             return "training"
         return ", ".join(filter(None, ["held out", self.label, self.source]))
+
+
+def unit_of(metrics: Collection[str]) -> str:
+    """What a row of a run is that logs these metrics: a pair, or a single answer."""
+    is_pair = "rewards/margins" in metrics and "rewards/baseline" not in metrics
+    return "pairs" if is_pair else "rows"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from preftune.report.runs import Curve, RunRecord
+from preftune.report.runs import Curve, RunRecord, unit_of
 
 MOST_DROPPED = 200
 """Dropped rows that are shown one by one."""
@@ -42,11 +42,6 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------- what was done
 
 
-def unit_of(run: RunRecord) -> str:
-    """What a row of the run is."""
-    return "pairs" if "rewards/margins" in run.curves else "rows"
-
-
 def sentence(run: RunRecord) -> str:
     """What was trained on what, in a sentence."""
     config, manifest = run.config, run.manifest
@@ -57,7 +52,7 @@ def sentence(run: RunRecord) -> str:
         share = "all" if trained == total else f"{number(trained)}"
         model += f" ({number(total)} parameters, {share} trained)"
     train = data.get("train") or {}
-    unit = unit_of(run)
+    unit = unit_of(run.curves)
     where = str(train.get("name", "")).rstrip("/").rsplit("/", 1)[-1]
     steps, batch = manifest.get("steps"), manifest.get("global_batch_size")
     text = f"{model}, trained with {_method(config)} on {number(train.get('num_pairs'))} {unit}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from preftune.report.runs import Curve, MetricName
+from preftune.report.runs import Curve, MetricName, unit_of
 from preftune.report.thresholds import ACCURATE, DISPLACED, FALL_RATIO, HALF, LEFT, QUIET, STILL
 
 FELL = -1.0
@@ -66,7 +66,7 @@ class Evidence:
     @property
     def unit(self) -> str:
         """What a row is."""
-        return "pairs" if "rewards/margins" in self.curves else "rows"
+        return unit_of(self.curves)
 
     def curve(self, name: str) -> Curve:
         """A metric without what is no number; empty where it was not logged."""
@@ -183,16 +183,20 @@ def _not_learning(evidence: Evidence) -> Verdict | None:
 
 
 def _learning_held_out(evidence: Evidence) -> Iterator[Verdict]:
-    """What held-out accuracies say: of reference losses against chance, else against the first."""
+    """What held-out accuracies say.
+
+    Of pairs and a loss with a reference, against chance. Else against the first evaluation: without
+    a reference the model has a say from the start, and single answers may be mostly of one kind.
+    """
     for label, accuracy in evidence.held_out("rewards/accuracies"):
         number = evidence.num_held_out.get(label, 0)
         if not len(accuracy) or not number:
             continue
-        with_reference = "logratios/chosen" in evidence.curves
-        if not with_reference and len(accuracy) < 2:
+        by_chance = "logratios/chosen" in evidence.curves and evidence.unit == "pairs"
+        if not by_chance and len(accuracy) < 2:
             continue
-        before = 0.5 if with_reference else accuracy.values[0]
-        than = "50%, which chance gives" if with_reference else f"{before:.0%} at the first one"
+        before = 0.5 if by_chance else accuracy.values[0]
+        than = "50%, which chance gives" if by_chance else f"{before:.0%} at the first one"
         last, least = accuracy.values[-1], before + _by_chance(number)
         names = (_metric(label, "rewards/accuracies"), _metric(label, "rewards/margins"))
         seen = (
@@ -219,10 +223,10 @@ def _learning_held_out(evidence: Evidence) -> Iterator[Verdict]:
 
 
 def _fits_training(evidence: Evidence) -> bool:
-    """Whether the last training accuracies are above chance."""
+    """Whether the last training accuracies are above chance; it is known of pairs alone."""
     accuracy = evidence.curve("rewards/accuracies")
     last = accuracy.values[-HALF:]
-    if len(accuracy) <= len(last):
+    if len(accuracy) <= len(last) or evidence.unit != "pairs":
         return False
     num_steps = accuracy.steps[-1] - accuracy.steps[-len(last) - 1]
     return statistics.fmean(last) > 0.5 + _by_chance(evidence.batch_size * num_steps)
@@ -237,7 +241,8 @@ def _learning_in_training(evidence: Evidence) -> Verdict:
     loss, margin = _change(evidence.curve("loss")), _change(evidence.curve("rewards/margins"))
     is_learning, seen = False, "there are too few lines of metrics to tell"
     if len(accuracy) and margin is not None:
-        is_learning = _fits_training(evidence) and margin.end > margin.start
+        fits = evidence.unit != "pairs" or _fits_training(evidence)
+        is_learning = fits and margin.rises
         seen = (
             f"margins went from {margin.start:.3g} to {margin.end:.3g}, with "
             f"{statistics.fmean(accuracy.values[-HALF:]):.0%} of the last {evidence.unit} judged "

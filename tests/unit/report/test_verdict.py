@@ -63,7 +63,7 @@ def test_without_held_out_pairs_what_cannot_be_said_is_named():
 
 @pytest.mark.parametrize(("number", "name"), [(100, "unclear"), (1000, "learning")])
 def test_held_out_accuracy_within_chance_is_not_learning(number, name):
-    curves = {"loss": [0.7, 0.6], "logratios__chosen": [0, 0.1]}
+    curves = {"loss": [0.7, 0.6], "logratios__chosen": [0, 0.1], "rewards__margins": [0, 0.1]}
     assert name in found(evidence(number, eval__rewards__accuracies=[0.55], **curves))
 
 
@@ -74,10 +74,21 @@ def test_without_a_reference_the_first_evaluation_is_compared_with_not_chance():
     assert "learning" in better
 
 
+def test_single_answers_are_compared_with_the_first_evaluation():
+    """Where four of five are desirable, 80 % are right by chance."""
+    curves = {"loss": [0.7, 0.6], "logratios__chosen": [0, 0.1], "rewards__margins": MARGINS}
+    curves |= {"rewards__baseline": [0.0]}
+    verdicts = found(evidence(eval__rewards__accuracies=[0.8, 0.8], **curves))
+    assert "held-out rows are judged right, against 80%" in verdicts["unclear"].text
+    training = found(evidence(rewards__accuracies=[0.8] * 20, **curves))
+    assert training["learning"].title == "Learning, on its training rows"
+
+
 def test_pairs_that_are_learnt_by_heart():
     verdict = found(
         evidence(
             loss=[0.69 - 0.03 * i for i in range(20)],
+            rewards__margins=MARGINS,
             rewards__accuracies=[0.5] * 5 + [0.95] * 15,
             logratios__chosen=[0.1] * 20,
             eval__rewards__accuracies=[0.5, 0.52],
@@ -204,6 +215,7 @@ def test_each_held_out_set_has_its_own_verdict():
         {
             "loss": Curve([1, 2], [0.7, 0.6]),
             "logratios/chosen": Curve([1, 2], [0.0, 0.1]),
+            "rewards/margins": Curve([1, 2], [0.0, 0.1]),
             "eval/good/rewards/accuracies": Curve([2], [0.9]),
             "eval/bad/rewards/accuracies": Curve([2], [0.5]),
             "eval/bad/source/x/rewards/accuracies": Curve([2], [0.9]),
