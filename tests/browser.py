@@ -73,10 +73,13 @@ class Browser:
 
     def __exit__(self, *error: object) -> None:
         """End it."""
-        self._process.kill()
-        self._process.wait()
-        os.close(self._in)
+        os.close(self._in)  # which ends it, with its children
         os.close(self._out)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol."""

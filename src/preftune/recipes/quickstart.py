@@ -95,6 +95,7 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
         dataset_name=str(train_file),
         eval_dataset=str(held_out_file),
         output_dir=str(output_dir / "run"),
+        run_name="quickstart",
         progress=progress,
         **SETTINGS,
     )

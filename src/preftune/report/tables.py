@@ -98,7 +98,7 @@ def cards(run: RunRecord) -> list[tuple[str, str]]:
     for name, metric, form in wanted:
         curve = run.curves.get(metric, Curve()).finite()
         if len(curve):
-            found.append((name, form.format(curve.values[-1])))
+            found.append((name, form.format(curve.values[-1]).replace(".0%", "%")))
     return found
 
 

@@ -220,10 +220,13 @@ def test_a_run_that_goes_on_is_read_as_far_as_it_is_written(tmp_path):
     root = write_run(tmp_path / "run", healthy_lines(), status="running", steps=200, seconds=None)
     with (root / "metrics.jsonl").open("a") as file:
         file.write('{"step": 101, "loss": 0.')
+    (root / "evaluation").mkdir()
+    (root / "evaluation" / "results.json").write_text("[{")
     run = read_run(root)
     assert run.last_step == 100
     text = report_page([run])
     assert "1 of the lines of metrics.jsonl cannot be read" in text
+    assert "evaluation/results.json cannot be read and is left out" in text
     assert "100 of 200 steps" in text
 
 
