@@ -114,6 +114,7 @@ def test_a_curve_is_hidden_steps_are_zoomed_into_and_curves_smoothed(browser, pa
     browser.mouse("mouseReleased", left + width * 0.75, top + 50, **button)
     shown = [int(browser.run(f"document.getElementById('{end}').value")) for end in ("from", "to")]
     assert 40 < shown[0] < 60 < 65 < shown[1] < 80
+    browser.run("document.querySelector('#chart-loss .legend button').click()")
     browser.run("document.getElementById('reset').click()")
     assert browser.run("document.getElementById('to').value") == "100"
     before = browser.run("document.querySelector('#chart-loss path.line').getAttribute('d')")
@@ -121,6 +122,7 @@ def test_a_curve_is_hidden_steps_are_zoomed_into_and_curves_smoothed(browser, pa
         "(s => { s.value = 0.9; s.dispatchEvent(new Event('input')); })"
         "(document.getElementById('smooth'))"
     )
+    # Of the training curve; five evaluations are shown as they are.
     assert browser.run("document.querySelectorAll('#chart-loss path.raw').length") == 1
     assert before != browser.run(
         "document.querySelector('#chart-loss path.line').getAttribute('d')"
