@@ -115,6 +115,7 @@ def test_config_show_prints_a_config_that_can_be_run(capsys, tmp_path):
         ["cache", "show"],
         ["cache", "prune", "--older_than", "0"],
         ["cache", "export", "--help"],
+        ["report", "no-run"],
         ["config", "show", *NEEDED],
         ["train", "--beta", "0"],
     ],

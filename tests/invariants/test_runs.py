@@ -39,7 +39,14 @@ def test_a_run_leaves_what_the_docs_say(tmp_path):
     result = train(tiny_config(tmp_path, checkpointing_steps="epoch", test_size=5))
     run = result.folder.root
     names = sorted(p.name for p in run.iterdir())
-    assert names == ["checkpoints", "config.yaml", "final", "metrics.jsonl", "run.json"]
+    assert names == [
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
     assert [p.name for p in result.folder.list_checkpoints()] == ["step-00000002", "step-00000004"]
     manifest = json.loads((run / "run.json").read_text())
     assert manifest["status"] == "finished"

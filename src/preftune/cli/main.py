@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write the weights of a checkpoint as a Hugging Face model",
     "merge": "add a LoRA adapter to its base, and write a plain model",
     "pipeline": "SFT, DPO, merge and evaluate from one file; goes on where it stopped",
+    "report": "write the report of a run again, or compare runs",
     "launch": "run a command in several processes: local, hosts, slurm, skypilot, kubernetes",
     "data": "look at the pairs and tokens of a run; fill the cache of tokens",
     "cache": "reference log-probs: build, show, verify, prune, export",

@@ -240,10 +240,9 @@ def summary(
         verdicts: on them, with the trained model's answer first and second.
     """
     outcomes: list[Outcome] = [outcome(*said) for said in verdicts]
-    matched = equally_long(
-        np.array([len(pair.trained) for pair in pairs]),
-        np.array([len(pair.base) for pair in pairs]),
-    )
+    base = np.array([len(pair.base) for pair in pairs])
+    trained = np.array([len(pair.trained) for pair in pairs])
+    matched = equally_long(trained, base)
     flipped = sum(said in (("first", "first"), ("second", "second")) for said in verdicts)
     numbers = Counter(outcomes)
     return {
@@ -259,8 +258,8 @@ def summary(
             win_rate([one for one, is_near in zip(outcomes, matched, strict=True) if is_near])
         ),
         "mean_characters": {
-            "base": sum(a for a, _ in lengths) / len(lengths),
-            "trained": sum(b for _, b in lengths) / len(lengths),
+            "base": float(base.mean()),
+            "trained": float(trained.mean()),
         },
     }
 

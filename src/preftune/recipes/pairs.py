@@ -56,11 +56,26 @@ class Pairs:
         sets |= {f"held_out/{label}".rstrip("/"): data for label, data in self.held_out.items()}
         return {
             label: {"name": dataset.name, "fingerprint": dataset.examples.fingerprint()}
-            | {"num_pairs": len(dataset.examples)}
+            | {"num_pairs": len(dataset.examples), "num_tokens": _lengths(dataset.examples)}
             | dataset.counts.as_dict()
             | {"sources": [source.as_dict() for source in dataset.sources]}
             for label, dataset in sets.items()
         }
+
+
+def _lengths(examples: TokenRows) -> dict[str, dict[str, int]]:
+    """Tokens of prompts and answers, as they are trained on."""
+    is_pair = examples[0].roles[1:] == ("rejected",)
+    answers = ("chosen", "rejected") if is_pair else ("answer", "mismatched answer")
+    return {
+        name: {
+            "shortest": int(column.min()),
+            "median": int(np.median(column)),
+            "95 % below": int(np.percentile(column, 95)),
+            "longest": int(column.max()),
+        }
+        for name, column in zip(("prompt", *answers), examples.lengths.T, strict=False)
+    }
 
 
 def prepare_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -4,6 +4,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from preftune.batching.layout import Layout
 from preftune.config.experiment import ExperimentConfig
@@ -20,8 +21,9 @@ from preftune.model.embedded import NAME, embedded_model
 from preftune.model.load import load_model, load_tokenizer
 from preftune.recipes.answer_logps import score_examples
 from preftune.recipes.train import train
+from preftune.report.page import write_report
 from preftune.tracking.progress import ProgressDisplay, ProgressStyle
-from preftune.training.run_folder import check_writable
+from preftune.training.run_folder import RunFolder, check_writable
 
 # Found by trial on the quickstart's own pairs: enough to see, not enough to break so small a model
 # (at 1e-5 its answers turn warm and empty). 38 steps of 8 read 304 of the 360 pairs.
@@ -35,6 +37,8 @@ SETTINGS = {
     "per_device_train_batch_size": 8,
     "logging_steps": 1,
     "checkpointing_steps": None,
+    "eval_strategy": "steps",
+    "eval_steps": 0.5,
     "max_length": 512,
 }
 SCORE_BATCH_SIZE = 16
@@ -90,7 +94,9 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
     config = ExperimentConfig(
         model_name_or_path=str(base),
         dataset_name=str(train_file),
+        eval_dataset=str(held_out_file),
         output_dir=str(output_dir / "run"),
+        run_name="quickstart",
         progress=progress,
         **SETTINGS,
     )
@@ -104,6 +110,7 @@ def quickstart(output_dir: Path, progress: ProgressStyle = "auto") -> Quickstart
     summary = _summarise(before, after, config, result.manifest, prompts, train_file)
     text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
     write_atomically(output_dir / "summary.json", text)
+    _add_to_report(summary, output_dir / "summary.json", result.folder)
     print(_report(summary, output_dir))
     return summary
 
@@ -200,6 +207,35 @@ def _summarise(
     )
 
 
+def _add_to_report(summary: QuickstartSummary, file: Path, folder: RunFolder) -> None:
+    """Put what was seen before and after into the run's folder, and write its report again."""
+    lines = [
+        {"step": summary.num_steps, "row_id": f"prompt {number}", "dataset": "held out"}
+        | {"prompt": sample["prompt"], "start": sample["before"], "policy": sample["after"]}
+        for number, sample in enumerate(summary.samples, 1)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(folder.samples, text)
+
+    def row(metric: str, before: float | None, after: float) -> dict[str, Any]:
+        about = {"job": "quickstart", "task": f"{summary.num_held_out} held-out pairs"}
+        sides = {"base": before, "trained": after}
+        return {**about, "metric": metric, "higher_is_better": True} | {
+            side: None if value is None else {"value": value, "stderr": None, "file": str(file)}
+            for side, value in sides.items()
+        }
+
+    likely = (summary.likelihood_accuracy_before, summary.likelihood_accuracy_after)
+    rows = [
+        row("chosen answer more likely than the rejected one", *likely),
+        row("implicit-reward accuracy", None, summary.reward_accuracy),
+        row("implicit-reward margin", None, summary.reward_margin),
+    ]
+    folder.results.parent.mkdir(exist_ok=True)
+    write_atomically(folder.results, json.dumps(rows, indent=1) + "\n")
+    write_report([folder.root])
+
+
 def _report(summary: QuickstartSummary, output_dir: Path) -> str:
     likely = (summary.likelihood_accuracy_before, summary.likelihood_accuracy_after)
     lines = [
@@ -222,6 +258,7 @@ def _report(summary: QuickstartSummary, output_dir: Path) -> str:
         f"model    {summary.model}",
         f"pairs    {summary.pairs}",
         f"run      {output_dir / 'run'} (config.yaml, metrics.jsonl, run.json)",
+        f"report   {output_dir / 'run' / 'report.html'} (open it in a browser)",
         "",
         "Next, with your own pairs, one JSON object a line with prompt, chosen and rejected:",
         f"  preftune train --model_name_or_path {summary.model} \\",

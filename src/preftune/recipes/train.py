@@ -191,6 +191,7 @@ def _train(
         on_step=on_step,
         tell_trackers=run.follow(),
         note=lambda: run.note(state, batcher),
+        report=run.report,
     )
     return _trained(run, loop, engine)
 
@@ -253,9 +254,12 @@ def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
         run.load_best(loop.state)
         run.manifest["final_step"] = loop.state.step
         run.save_final(engine)
-        return TrainResult(run.start.folder, run.end("finished"))
+        manifest = run.end("finished")
+        run.report()
+        return TrainResult(run.start.folder, manifest)
     except (Interrupted, TrainingDiverged) as error:
         run.end("interrupted" if isinstance(error, Interrupted) else "diverged")
+        run.report()
         raise run.runtime.share(error)  # noqa: B904  # the same on every rank
     finally:
         run.release()

@@ -9,27 +9,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LINES = 20
-"""Lines of metrics that are looked back on. With `logging_steps: 10`, 200 steps."""
-HALF = 5
-"""Lines whose mean is taken, where one line would be noise."""
-QUIET = 10
-"""Lines without a finding after which the same one is told again."""
+from preftune.report.thresholds import (
+    ACCURATE,
+    DISPLACED,
+    FALL,
+    FALL_RATIO,
+    HALF,
+    LEFT,
+    LINES,
+    QUIET,
+    STILL,
+)
+
 SPIKE = 10.0
 """Times the median of earlier lines. Norms vary by 2 to 3 times from batch to batch."""
-FALL = 0.1
-"""By how much both rewards must fall to be a fall, in units of reward (1 nat at beta 0.1)."""
-FALL_RATIO = 0.5
-"""Chosen's fall over rejected's: from here on most of what the loss wins is lost again."""
-DISPLACED = -20.0
-"""Nats of the mean chosen log-ratio. Useful runs lose a few nats of a long answer."""
-ACCURATE, LEFT = 0.999, 0.01
-"""Accuracy, and the part of the first loss that is left, of a run with nothing more to learn."""
 CERTAIN, UNCERTAIN = -1.0, -5.0
 """Mean log-prob of a whole chosen answer, nats: e^-1 is certainty; a run that begins above e^-5,
 with answers of a token or two, has always been so."""
-STILL = 1e-3
-"""Relative distance of a loss from its first value that counts as none."""
 
 WATCHED = (
     "loss",

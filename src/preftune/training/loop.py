@@ -77,6 +77,8 @@ class TrainingLoop:
     """Let them know that the files hold all there is of the steps so far."""
     note: Callable[[], None]
     """Write what the state's guards have met into the run's manifest."""
+    report: Callable[[], None]
+    """Write the run's report again."""
     requests: SignalRequests
     """What signals ask for."""
     costs: Costs
@@ -191,6 +193,8 @@ class TrainingLoop:
             self._sample(step)
         if record or sampling:
             self.tell_trackers()
+        if evaluating:
+            self._report()
         is_best = evaluating and self._is_best(evaluated)
         update(step, {label: record[key] for key, label in SHOWN.items() if key in record} or None)
         if saving or is_best or over:
@@ -292,6 +296,11 @@ class TrainingLoop:
             prefix = f"eval/{label}/" if label else "eval/"
             record |= {prefix + key: value for key, value in metrics.items()}
         return record
+
+    def _report(self) -> None:
+        began = time.perf_counter()
+        self.report()
+        self._window_began += time.perf_counter() - began  # it is not training time
 
     def _start_window(self) -> None:
         self._window_began = time.perf_counter()

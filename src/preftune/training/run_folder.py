@@ -118,11 +118,6 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
-    def samples(self) -> Path:
-        """One line a sampled prompt and step."""
-        return self.root / "samples.jsonl"
-
-    @property
     def start_answers(self) -> Path:
         """What the policy answered before its first step."""
         return self.root / "start_answers.json"
@@ -131,6 +126,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Holds `step-00000100/` and so on."""
         return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """One line a sampled prompt and step."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """What evaluations found of the model before training and after."""
+        return self.root / "evaluation" / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """What the run was and what its curves say, as one HTML page."""
+        return self.root / "report.html"
 
     @property
     def final(self) -> Path:

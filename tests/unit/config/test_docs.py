@@ -23,6 +23,7 @@ from preftune.config.experiment import ExperimentConfig
 from preftune.config.help import config_help
 from preftune.config.inspection import InspectConfig
 from preftune.config.quickstart import QuickstartConfig
+from preftune.config.report import ReportConfig
 from preftune.config.score import ScoreConfig
 from preftune.losses.knobs import KNOBS
 
@@ -31,6 +32,7 @@ CONFIGS = [
     InspectConfig,
     ScoreConfig,
     QuickstartConfig,
+    ReportConfig,
     CacheShowConfig,
     CachePruneConfig,
     CacheExportConfig,

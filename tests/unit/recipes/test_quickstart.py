@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from markupsafe import escape
 
 from preftune.errors import CheckpointError, ModelError
 from preftune.model import embedded
@@ -32,7 +33,13 @@ def test_it_shows_before_and_after_and_what_to_do_next(tiny, tmp_path, capsys):
     for text in ("before", "after", "implicit-reward accuracy", "preftune train", summary.model):
         assert text in printed
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["num_steps"] == 2
-    assert (tmp_path / "out" / "run" / "final" / "model.safetensors").is_file()
+    run = tmp_path / "out" / "run"
+    assert (run / "final" / "model.safetensors").is_file()
+    assert str(run / "report.html") in printed
+    report = (run / "report.html").read_text("utf-8")
+    assert escape(summary.samples[0]["after"]) in report
+    assert f"<td>{summary.reward_accuracy:.4g}</td>" in report
+    assert '"label":"held out"' in report
 
 
 def test_files_of_the_users_are_left_alone(tiny, tmp_path):
