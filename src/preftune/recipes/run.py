@@ -21,16 +21,13 @@ from preftune.batching.shards import RowPart
 from preftune.config.experiment import ExperimentConfig
 from preftune.data.chat import answer_frame
 from preftune.data.table import TokenRows
-from preftune.distributed.engine import Engine
 from preftune.distributed.runtime import Runtime
-from preftune.errors import CheckpointError
 from preftune.files import write_atomically
 from preftune.model.layout_choice import LayoutChoice
-from preftune.model.load import LoadedModel, in_dtype, saved_dtype, stop_at, written_weights
+from preftune.model.load import LoadedModel
 from preftune.objective import Objective
 from preftune.recipes.checkpoints import Checkpoints
 from preftune.recipes.going_on import hold_folder, look_into, take_over_metrics
-from preftune.recipes.model_folder import write_model_folder
 from preftune.recipes.pairs import Pairs
 from preftune.recipes.publish import CheckpointPusher
 from preftune.recipes.reference import Reference, rows_to_score, stage_name
@@ -48,9 +45,7 @@ from preftune.training.costs import Costs
 from preftune.training.dry_run import try_heaviest
 from preftune.training.early_stopping import EarlyStopping
 from preftune.training.generators import generator_tensors
-from preftune.training.memory import (
-    peak_memory_gib,
-)
+from preftune.training.memory import peak_memory_gib
 from preftune.training.restore import load_checkpoint
 from preftune.training.run_folder import RunStart, new_manifest
 from preftune.training.step import TrainState
@@ -185,7 +180,7 @@ class Run:
             self.loaded,
             self.layout.name,
             self.tokenizer,
-            self._stop_token_id(),
+            self.stop_token_id(),
             self.runtime,
             self.display,
         )
@@ -415,74 +410,7 @@ class Run:
         if self.runtime.is_main:
             self.start.folder.write_manifest(self.manifest)
 
-    def stopped(self, state: TrainState) -> None:
-        """Say why training ended before its last step, if it did."""
-        stopping = self.early_stopping
-        if stopping is None or not stopping.is_over or state.step == self.num_steps:
-            return
-        self.display.say(
-            f"stopped early, after step {state.step} of {self.num_steps}: {stopping.describe()}"
-        )
-        self.manifest["early_stopping"] = {"step": state.step, "why": stopping.describe()}
-
-    def load_best(self, state: TrainState) -> None:
-        """Go back to the best checkpoint, if final/ is to have its weights."""
-        best = self.checkpoints.best
-        if best is None or not self.config.load_best_model_at_end:
-            return
-        if best.step is None:
-            self.display.say(f"final/ has the last weights: {best.metric} never was a number")
-        elif best.step != state.step:
-            self.display.say(f"final/ gets the weights of step {best.step}, the best")
-            checkpoint, policy = self.start.folder.checkpoint(best.step), self.loaded.policy.model
-            load_checkpoint(
-                checkpoint, state, policy, device=self.runtime.device, ranks=self.runtime
-            )
-
-    def save_final(self, engine: Engine) -> None:
-        """Write `final/`, whole or not at all.
-
-        Args:
-            engine: whose weights are gathered one by one; rank 0 keeps them, in the dtype that is
-                saved and in the host's memory.
-        """
-        dtype = saved_dtype(self.loaded, self.config.save_dtype)
-        weights = {}
-        engine.rest()
-        written = written_weights(self.loaded)
-        with self.display.stage("save final", len(written), "weight") as update:
-            for number, (name, tensor) in enumerate(written.items(), 1):
-                whole = engine.whole(tensor)
-                if self.runtime.is_main:
-                    weights[name] = in_dtype(whole, dtype)
-                update(number)
-            self.runtime.decide(lambda: self._write_final(weights))
-
-    def _write_final(self, weights: dict[str, Tensor]) -> None:
-        final = self.start.folder.final
-        stop_id = self._stop_token_id()
-        is_whole = self.loaded.adapter is None  # an adapter has no generation_config.json
-        if is_whole and stop_id is not None and stop_at(self.loaded.policy.model, stop_id):
-            token = self.tokenizer.convert_ids_to_tokens(stop_id)
-            self.display.say(f"generation_config.json of final/ stops at {token!r}, too")
-        try:
-            self.manifest["save_dtype"] = write_model_folder(
-                final,
-                self.loaded,
-                weights,
-                self.tokenizer,
-                self.config,
-                self.manifest | {"results": held_out_results(self.start.folder.metrics)},
-                revision=self.manifest["model"]["commit"],
-            )
-        except OSError as error:
-            raise CheckpointError(
-                f"{final} could not be written ({error}); free some space, and run the same "
-                "command to write it from the last checkpoint"
-            ) from error
-        self.display.say(f"saved {final}")
-
-    def _stop_token_id(self) -> int | None:
+    def stop_token_id(self) -> int | None:
         """The token that ends answers of a chat; None where the data is plain text."""
         if self.pairs.train.examples.is_text.all():
             return None
@@ -494,7 +422,7 @@ class Run:
         return {
             "model_commit": self.manifest["model"]["commit"],
             "adapter_commit": self.manifest["model"]["adapter_commit"],
-            "stop_token_id": self._stop_token_id(),
+            "stop_token_id": self.stop_token_id(),
             "data": {use: _without_rows(counts) for use, counts in data.items()},
             "results": held_out_results(self.start.folder.metrics) if self.runtime.is_main else [],
             **{key: self.manifest[key] for key in ("versions", "global_batch_size", "precision")},

@@ -31,6 +31,7 @@ from preftune.model.load import LoadedModel
 from preftune.model.quantization import base_as_trained, num_bytes, num_quantized
 from preftune.objective import Objective, objective_of
 from preftune.recipes.evaluating import evaluator
+from preftune.recipes.final import load_best, save_final, tell_early_end
 from preftune.recipes.lint import risky_settings
 from preftune.recipes.loss import describe_sync, loss_of
 from preftune.recipes.pairs import Pairs, load_experiment_pairs, over_budget
@@ -250,10 +251,10 @@ def _trained(run: Run, loop: TrainingLoop, engine: Engine) -> TrainResult:
     try:
         with run.checkpoints.awaited():
             loop.run()
-        run.stopped(loop.state)
-        run.load_best(loop.state)
+        tell_early_end(run, loop.state)
+        load_best(run, loop.state)
         run.manifest["final_step"] = loop.state.step
-        run.save_final(engine)
+        save_final(run, engine)
         manifest = run.end("finished")
         run.report()
         return TrainResult(run.start.folder, manifest)
