@@ -164,6 +164,12 @@ def test_chosen_answers_that_lose_probability(chosen, rejected, severity):
     assert (verdict and verdict.severity) == severity
 
 
+def test_chosen_answers_that_fall_with_the_margin_are_not_displaced():
+    sides = {"logratios__chosen": [-0.6 * i for i in range(20)], "logratios__rejected": [0.0] * 20}
+    verdicts = found(evidence(loss=[0.6] * 20, rewards__margins=MARGINS[::-1], **sides))
+    assert "likelihood_displacement" not in verdicts
+
+
 def test_displacement_without_a_reference_is_seen_in_evaluations():
     sides = {"eval__logps__chosen": [-80, -90], "eval__logps__rejected": [-85, -99]}
     verdict = found(evidence(loss=[0.6] * 20, rewards__margins=MARGINS, **sides))
@@ -178,6 +184,7 @@ def test_displacement_without_a_reference_is_seen_in_evaluations():
         (-0.6, 0.78, 200, "note"),
         (0.6, 0.5, 200, "warning"),
         (0.3, 0.5, 200, "note"),
+        (0.3, 0.72, 2000, None),  # surely less, but little
         (0.3, 0.5, 30, None),  # 12 pairs of equal length say nothing
     ],
 )
