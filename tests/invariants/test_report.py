@@ -5,8 +5,8 @@ import json
 import pytest
 
 from preftune.errors import Interrupted
-from preftune.recipes import run as module
 from preftune.recipes.train import train
+from preftune.report import page as module
 from tests.runs import read_metrics, tiny_config
 
 EVALUATED = {"test_size": 5, "eval_strategy": "steps", "eval_steps": 2}

@@ -42,6 +42,7 @@ from preftune.files import hold_alone, write_atomically
 from preftune.launch.slurm import submit
 from preftune.model.load import check_model_files
 from preftune.redaction import redacted
+from preftune.report.page import try_report
 from preftune.tracking.progress import ProgressDisplay
 from preftune.training.run_folder import RunFolder, check_writable
 
@@ -98,6 +99,8 @@ def evaluate(config: EvaluateConfig, name: str) -> str:
         text, failures = jobs.run()
         if with_judge is not None:
             text = "\n\n".join(filter(None, [text, with_judge()]))
+        if target.run is not None:
+            try_report(target.run.root, display.say)
     finally:
         os.close(lock)
     if failures:
@@ -127,6 +130,7 @@ def evaluate_trained(config: ExperimentConfig, folder: RunFolder) -> None:
             jobs = Jobs(config, target, display, config.trust_remote_code, config.cache_dir)
             jobs.check()
             text, failures = jobs.run()
+            try_report(folder.root, display.say)
         finally:
             os.close(lock)
     except (PreftuneError, OSError) as error:

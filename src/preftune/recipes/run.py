@@ -35,7 +35,7 @@ from preftune.recipes.results import held_out_results
 from preftune.recipes.sampling import PolicyAnswers, Prompts
 from preftune.redaction import redacted_values
 from preftune.reference.store import ReferenceStore
-from preftune.report.page import write_report
+from preftune.report.page import try_report
 from preftune.tracking.follower import Followers
 from preftune.tracking.jsonl import MetricsFile
 from preftune.tracking.progress import ProgressDisplay
@@ -445,16 +445,9 @@ class Run:
         return self.manifest
 
     def report(self) -> None:
-        """Write `report.html`, if that can be done: a run does not end for want of one."""
-        if not self.runtime.is_main:
-            return
-        try:
-            write_report([self.start.folder.root])
-        except Exception as error:  # whatever it is, the numbers are in metrics.jsonl
-            self.display.say(
-                f"report.html was not written ({type(error).__name__}: {error}); training goes on, "
-                f"and `preftune report {self.start.folder.root}` tries again"
-            )
+        """Write `report.html`."""
+        if self.runtime.is_main:
+            try_report(self.start.folder.root, self.display.say)
 
     def release(self) -> None:
         """Close the trackers, and let other processes have the folder."""

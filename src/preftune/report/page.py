@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,3 +148,19 @@ def _template() -> Template:
     )
     environment.filters["number"] = tables.number
     return environment.from_string(_text("page.html.jinja"))
+
+
+def try_report(root: Path, say: Callable[[str], None]) -> None:
+    """Write the report of one run, if that can be done: its numbers are in other files, too.
+
+    Args:
+        root: the run's folder.
+        say: tells people a sentence.
+    """
+    try:
+        write_report([root])
+    except Exception as error:  # whatever it is, nothing is lost
+        say(
+            f"report.html was not written ({type(error).__name__}: {error}); nothing else is "
+            f"touched by that, and `preftune report {root}` tries again"
+        )

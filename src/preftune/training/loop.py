@@ -115,6 +115,7 @@ class TrainingLoop:
         if start == 0 and self.config.eval_on_start and self.evaluate is not None:
             self._append(self._evaluated_metrics())
             self.tell_trackers()
+            self._report()
         self._start_window()
         with (
             self.requests.stopping(),

@@ -268,6 +268,9 @@ def test_training_ends_with_its_jobs(run, tmp_path, program, capsys):
     assert "mine: size" in capsys.readouterr().err
     (row,) = json.loads((root / "evaluation" / "results.json").read_text())
     assert row["base"]["value"] > 0 < row["trained"]["value"]
+    report = (root / "report.html").read_text("utf-8")
+    assert "Before and after" in report
+    assert "size" in report
     assert (root / "run.json").read_bytes() == before
     models = (tmp_path / "ran").read_text().split()
     assert models == [str(run.parent / "model"), str(root / "final")]
