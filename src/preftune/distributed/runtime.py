@@ -123,6 +123,10 @@ class Runtime(Ranks):
         # Accelerate keeps the first settings of a process for good; a Python session may well have
         # used it before. The process group stays.
         AcceleratorState._reset_state(reset_partial_state=False)
+        if not torch.cuda.is_available():
+            # Where DeepSpeed is installed, Accelerate imports it, and it says on stdout that it
+            # found no accelerator unless it is told so.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self._accelerator = Accelerator(
             # CUDA or CPU: Apple's MPS has no fp64, in which log-prob sums are kept.
             cpu=not torch.cuda.is_available(),

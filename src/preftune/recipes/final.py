@@ -48,7 +48,7 @@ def save_final(run: Run, engine: Engine) -> None:
     weights = {}
     engine.rest()
     written = written_weights(run.loaded)
-    with run.display.stage("save final", len(written), "weight") as update:
+    with run.display.stage("save final", None, "weight") as update:
         for number, (name, tensor) in enumerate(written.items(), 1):
             whole = engine.whole(tensor)
             if run.runtime.is_main:
