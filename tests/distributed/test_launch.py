@@ -56,6 +56,7 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
     assert weights(one) != weights(tmp_path / "two")  # nothing was copied
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_on_all_ranks(tmp_path):
     process = start(
         ["-m", "preftune", "launch", *TWO, "--"], settings_of(tmp_path, "run", num_epochs=300.0)

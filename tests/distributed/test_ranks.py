@@ -48,6 +48,7 @@ def store_files(cache: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_the_store_and_the_scores_of_two_ranks_are_the_bytes_of_one(tmp_path):
     answers = (80, 120)
     tiny = tiny_settings(tmp_path)
@@ -133,6 +134,7 @@ def two_hosts(root: Path) -> dict[str, object]:
     return settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 def test_what_one_host_lacks_ends_both_with_the_same_words(tmp_path):
     base = two_hosts(tmp_path)
     changes = {
@@ -231,6 +233,7 @@ def test_the_command_says_it_once_and_all_ranks_exit_alike(tmp_path):
     assert result.stderr.count("Traceback") == 1  # torchrun's own
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_within_a_step_ends_the_others_in_bounded_time(tmp_path):
     settings = two_hosts(tmp_path)
     began = time.monotonic()

@@ -66,6 +66,7 @@ def test_rows_that_a_model_takes_padded_only_are_refused():
     assert policy.sequence_group is None
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_of_every_architecture():
     printed = output_of(2, HERE / "share_rows.py", 2)
     assert "gpt_oss: " in printed

@@ -214,7 +214,9 @@ def test_check_on_1000_pairs_reads_no_weights(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_exits_75_and_the_same_command_goes_on(tmp_path, number):
     settings = tiny_settings(tmp_path, num_epochs=60.0, learning_rate=1e-4)
     straight = settings | {"output_dir": str(tmp_path / "straight")}

@@ -111,6 +111,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_agree_although_the_time_is_up_on_one(tmp_path):
     settings = tiny_settings(tmp_path, max_run_time="1h", gradient_accumulation_steps=1)

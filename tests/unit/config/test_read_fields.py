@@ -24,7 +24,10 @@ from preftune.config.cache import (
     CacheVerifyConfig,
 )
 from preftune.config.composed import ComposedConfig, sections
+from preftune.config.evaluate import EvaluateConfig
 from preftune.config.experiment import ExperimentConfig
+from preftune.config.export import ExportConfig
+from preftune.config.inspection import InspectConfig
 from preftune.config.launch import (
     LaunchHostsConfig,
     LaunchKubernetesConfig,
@@ -33,7 +36,9 @@ from preftune.config.launch import (
     LaunchSlurmConfig,
 )
 from preftune.config.merge import MergeConfig
+from preftune.config.planning import PlanConfig
 from preftune.config.quickstart import QuickstartConfig
+from preftune.config.report import ReportConfig
 from preftune.config.score import ScoreConfig
 from preftune.config.section import Section
 from preftune.config.verifying import VerifyResumeConfig
@@ -42,7 +47,12 @@ from preftune.losses.knobs import KNOBS
 ROOT = Path(preftune.__file__).parent
 CONFIGS = {
     "train": ExperimentConfig,
+    "plan": PlanConfig,
     "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "export": ExportConfig,
+    "data inspect": InspectConfig,
     "quickstart": QuickstartConfig,
     "verify-resume": VerifyResumeConfig,
     "merge": MergeConfig,
@@ -149,6 +159,7 @@ def functions(tree):
             yield from ((member, node.name) for member in node.body if is_function(member))
 
 
+@cache
 def reads_outside(files):
     """Attributes of configurations that the rest of preftune reads."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
@@ -187,7 +198,7 @@ def reads_of_members(config):
 
 @cache
 def all_reads(config, files):
-    found = reads_outside(files)
+    found = set(reads_outside(files))
     members = reads_of_members(config)
     while more := set().union(*(members[name] for name in found & members.keys())) - found:
         found |= more
@@ -229,7 +240,7 @@ def test_a_read_counts_only_on_a_configuration(tmp_path):
         encoding="utf-8",
     )
     read = {"shuffle", "optimizer", "attn_implementation", "weight_decay"}
-    assert reads_outside([file]) == read
+    assert reads_outside((file,)) == read
 
 
 def test_what_a_property_reads_counts_where_the_property_is_read(tmp_path):

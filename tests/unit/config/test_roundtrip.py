@@ -182,7 +182,7 @@ def reloaded(config):
         return parse_config(type(config), [str(path)])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(configs)
 def test_reading_back_what_was_written_is_the_identity(config):
     assert reloaded(config) == config
