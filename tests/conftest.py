@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing on a machine that others use at the same time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Read by huggingface_hub and tokenizers when they are imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -32,7 +32,7 @@ def test_no_command_prints_the_help_and_is_an_error(capsys):
     ("argv", "text"),
     [
         (["trian"], "trian is not a command; did you mean train?"),
-        (["zzz"], "zzz is not a command; they are train, check, plan, score, verify-resume"),
+        (["zzz"], "zzz is not a command; they are train, check, plan, score, evaluate"),
         (["config", "shw"], "config shw is not a command; write: preftune config show"),
         (["config"], "config needs a command; write: preftune config show"),
         (["train", "--beta", "x", *NEEDED], "command line: --beta is 'x'; it must be a finite"),

@@ -20,8 +20,8 @@ CHILD = textwrap.dedent(
     import json, resource, sys
     from pathlib import Path
 
+    import preftune.recipes.evaluating as evaluating
     import preftune.recipes.reference as reference
-    import preftune.recipes.run as run
     import preftune.recipes.score as scoring
     import preftune.training.loop as loop
     from preftune.config.experiment import ExperimentConfig
@@ -57,7 +57,7 @@ CHILD = textwrap.dedent(
         return lambda: train(ExperimentConfig(**settings | changes))
 
     attempt("reference", reference, "reference_logps", start())
-    attempt("evaluation", run, "evaluate_pairs", start())
+    attempt("evaluation", evaluating, "evaluate_pairs", start())
     attempt("training", loop, "train_step", start())  # goes on after step 1
     attempt("score", scoring, "score_examples", lambda: scoring.score(ScoreConfig(**scored)))
     start(max_tokens_per_microbatch=2000, eval_strategy="epoch")()

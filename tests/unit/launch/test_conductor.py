@@ -278,7 +278,7 @@ while size == "2":
 
 
 def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path):
-    ready = tmp_path / "ready"
+    files = [tmp_path / f"started-{rank}-0" for rank in (0, 1)]
     program = (
         "import sys, time\n"
         "from tests.unit.launch.test_conductor import *\n"
@@ -286,13 +286,13 @@ def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path):
     ).replace("Path_", "__import__('pathlib').Path")
     launcher = subprocess.Popen([sys.executable, "-c", program])
     try:
-        while not ready.exists() or starts(tmp_path, 1) < 1:
+        while not all(file.exists() and file.read_text().split() for file in files):
             assert launcher.poll() is None
             time.sleep(0.02)
     finally:
         launcher.kill()
         launcher.wait()
-    pids = [int((tmp_path / f"started-{r}-0").read_text().split()[0]) for r in (0, 1)]
+    pids = [int(file.read_text().split()[0]) for file in files]
     deadline = time.monotonic() + 10
     while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
