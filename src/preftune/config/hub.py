@@ -20,12 +20,12 @@ _BRANCH = re.compile(r"(?!refs/)[A-Za-z0-9_](?:[A-Za-z0-9_./-]*[A-Za-z0-9_-])?")
 
 @dataclass(kw_only=True)
 class HubConfig(Section):
-    """Pushing the trained model to the Hugging Face Hub, or to the one that HF_ENDPOINT names. The
-    token is that of `hf auth login`, or HF_TOKEN."""
+    """Pushing the trained model to a hub."""
 
     push_to_hub: bool = False
-    """Push final/ when training is finished. Token, rights and repository are looked at before
-    weights load; a push that fails is gone on with by the same command, without training."""
+    """Push final/ when training is finished, to the Hugging Face Hub or the one that HF_ENDPOINT
+    names, with the token of `hf auth login` or HF_TOKEN. Token, rights and repository are looked at
+    before weights load; a push that fails is gone on with by the same command, without training."""
 
     hub_repo_id: str | None = None
     """The repository, user/name or organisation/name; made where it is not there. It must be empty,
