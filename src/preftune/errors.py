@@ -114,3 +114,18 @@ class Findings:
         kinds = {type(error) for error in self.errors}
         kind = kinds.pop() if len(kinds) == 1 else ConfigError
         raise kind(list(problems)) from self.errors[0]
+
+
+def absent_package(asked: str, package: str, extra: str, otherwise: str) -> ConfigError:
+    """The error of a package that is needed and not there.
+
+    Args:
+        asked: the setting that needs it, in words.
+        package: as it is called on the index.
+        extra: of preftune, that brings it.
+        otherwise: what to do without.
+    """
+    return ConfigError(
+        f"{asked}, and the package {package} is not installed; install it "
+        f"(pip install 'preftune[{extra}]'), or {otherwise}"
+    )

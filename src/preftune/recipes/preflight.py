@@ -19,7 +19,7 @@ from preftune.config.training import MixedPrecision, TrainingConfig
 from preftune.data.template_files import template_text
 from preftune.distributed.ranks import Ranks
 from preftune.distributed.runtime import multiplies_bf16, multiplies_fp16, resolve_precision
-from preftune.errors import ConfigError, Findings
+from preftune.errors import ConfigError, Findings, absent_package
 from preftune.evaluation.jobs.checks import check_jobs
 from preftune.model.adapters import check_adapter, commit_of, peft_config, skeleton
 from preftune.model.attention_shards import check_heads
@@ -197,7 +197,8 @@ def check_engine(config: DistributedConfig) -> None:
         ConfigError: DeepSpeed is asked for, and not installed.
     """
     if config.zero_stage is not None and find_spec("deepspeed") is None:
-        raise _absent(f"zero_stage is {config.zero_stage}", "deepspeed", "take --fsdp full_shard")
+        asked = f"zero_stage is {config.zero_stage}"
+        raise absent_package(asked, "deepspeed", "deepspeed", "take --fsdp full_shard")
 
 
 def check_optimizer(config: TrainingConfig) -> None:
@@ -218,7 +219,8 @@ def check_optimizer(config: TrainingConfig) -> None:
             "no GPU here; set --optimizer adamw_8bit"
         )
     if find_spec(PACKAGE) is None:
-        raise _absent(f"optimizer is {name!r}", PACKAGE, "set --optimizer adamw_torch_8bit")
+        asked, otherwise = f"optimizer is {name!r}", "set --optimizer adamw_torch_8bit"
+        raise absent_package(asked, PACKAGE, "quant", otherwise)
 
 
 def check_quantization(model: ModelConfig) -> None:
@@ -232,15 +234,7 @@ def check_quantization(model: ModelConfig) -> None:
     """
     if model.is_quantized and find_spec(PACKAGE) is None:
         key = model.quantization_key
-        raise _absent(f"{key} is true", PACKAGE, f"leave {key} out")
-
-
-def _absent(asked: str, package: str, otherwise: str) -> ConfigError:
-    extra = {PACKAGE: "quant"}.get(package, package)
-    return ConfigError(
-        f"{asked}, and the package {package} is not installed; install it "
-        f"(pip install 'preftune[{extra}]'), or {otherwise}"
-    )
+        raise absent_package(f"{key} is true", PACKAGE, "quant", f"leave {key} out")
 
 
 def check_device(model: ModelConfig, mixed_precision: MixedPrecision) -> None:

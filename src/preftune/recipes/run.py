@@ -304,7 +304,6 @@ class Run:
         if not self.runtime.is_main or not self.config.report_to:
             return lambda: None
         settings, folder = self.manifest["config"], self.start.folder
-        held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
         tracked = TrackedRun(
             folder=folder.root,
             id=self.manifest["run_id"],
@@ -315,7 +314,7 @@ class Run:
                 "run_id": self.manifest["run_id"],
                 "model_fingerprint": self.manifest["model"]["weights"],
                 "dataset_fingerprint": self.pairs.train.examples.fingerprint(),
-                "held_out_fingerprints": held_out,
+                "held_out_fingerprints": self._held_out_fingerprints(),
             },
         )
         openers = {name: partial(open_tracker, name) for name in self.config.report_to}
@@ -353,13 +352,15 @@ class Run:
             for step in guards.skipped_steps
         ]
 
+    def _held_out_fingerprints(self) -> dict[str, str]:
+        return {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
+
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the straight one."""
-        held_out = {k: pairs.examples.fingerprint() for k, pairs in self.pairs.held_out.items()}
         return {
             "model weights": self.manifest["model"]["weights"],
             "dataset": self.pairs.train.examples.fingerprint(),
-            "held-out datasets": held_out,
+            "held-out datasets": self._held_out_fingerprints(),
             "pairs a step": self.manifest["global_batch_size"],
             "precision": self.runtime.precision,
             "layout": self.layout.name,

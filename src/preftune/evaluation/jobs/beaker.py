@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from preftune.config.jobs import JobsConfig
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, absent_package
 from preftune.evaluation.jobs.calls import JobFailed
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def check_beaker(*, submits: bool) -> None:
         ConfigError: it is not, or there are none.
     """
     if find_spec("beaker") is None:
-        raise ConfigError(
-            "the job beaker is asked for, and the package beaker-py is not installed; install it "
-            "(pip install 'preftune[beaker]'), or leave it out of eval_jobs"
-        )
+        asked, otherwise = "the job beaker is asked for", "leave it out of eval_jobs"
+        raise absent_package(asked, "beaker-py", "beaker", otherwise)
     if submits:
         _settings()
 

@@ -17,7 +17,7 @@ import xxhash
 import yaml
 
 from preftune.config.jobs import JobsConfig
-from preftune.errors import ConfigError
+from preftune.errors import ConfigError, absent_package
 from preftune.evaluation.jobs.calls import JobFailed
 from preftune.evaluation.jobs.scores import Score
 from preftune.evaluation.jobs.subject import Subject
@@ -39,10 +39,8 @@ def check_harness(tasks: Sequence[str], *, ask: bool) -> None:
         ConfigError: it is not installed, or a task is not there.
     """
     if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "the job lm_eval is asked for, and the package lm-eval is not installed; install it "
-            "(pip install 'preftune[eval]'), or leave it out of eval_jobs"
-        )
+        asked, otherwise = "the job lm_eval is asked for", "leave it out of eval_jobs"
+        raise absent_package(asked, "lm-eval", "eval", otherwise)
     problems = []
     for task in tasks:
         if task.endswith(".yaml"):
